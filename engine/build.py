@@ -1,0 +1,137 @@
+"""The only place where a ``kind:`` becomes an object. Called inside the workers, so heavy imports stay local."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
+from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
+from ka2l.errors import ConfigError
+from ka2l.hidden_states import ExtractionConfig
+from ka2l.models import ModelConfig, load_tokenizer
+from ka2l.prompts import PromptConfig, Prompter
+from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
+
+if TYPE_CHECKING:
+    from actors.extractor import ExtractorHost
+    from actors.sampler import ObservePlan, SamplerHost
+    from actors.scorer import ScorerHost
+
+
+def plugin(kind: str) -> Any:
+    """The object that ``module:Class`` names; raises ConfigError where it cannot be imported."""
+    module, _, name = kind.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"cannot load {kind!r}: {error}", hint="The module must be importable on every node."
+        ) from error
+
+
+def sampler(model: ModelConfig, config: SamplerConfig, adapter: str | None = None) -> Sampler:
+    """The sampler of ``sampler.kind``, with the model loaded."""
+    from actors.host import set_num_threads
+
+    set_num_threads(config.cpus_per_replica)
+    match config.kind:
+        case "vllm":
+            from actors.sampler import VLLMSampler
+
+            factory: Any = VLLMSampler
+        case "transformers":
+            factory = TransformersSampler
+        case kind:
+            factory = plugin(kind)
+    made: Sampler = factory(
+        model.path, config, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code
+    )
+    return made
+
+
+def sampler_host(
+    model: ModelConfig,
+    prompt: PromptConfig,
+    config: SamplerConfig,
+    plan: ObservePlan,
+    adapter: str | None,
+    canary: Mapping[str, Any] | None,
+) -> SamplerHost:
+    """What the observe stage runs."""
+    from actors.sampler import SamplerHost
+
+    made = sampler(model, config, adapter)
+    return SamplerHost(made, Prompter(load_tokenizer(model), prompt), config, plan, canary)
+
+
+def extractor_host(
+    model: ModelConfig, prompt: PromptConfig, config: ExtractionConfig, adapter: str | None
+) -> ExtractorHost:
+    """What the extract stage runs."""
+    from actors.extractor import ExtractorHost
+    from actors.host import set_num_threads
+    from ka2l.hidden_states import HiddenStateExtractor
+
+    set_num_threads(config.cpus_per_replica)
+    extractor = HiddenStateExtractor(
+        model.path, config, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code
+    )
+    return ExtractorHost(extractor, Prompter(load_tokenizer(model), prompt), config)
+
+
+def equivalence(config: EquivalenceConfig) -> Equivalence:
+    """The equivalence of ``equivalence.kind``."""
+    match config.kind:
+        case "lexical":
+            return LexicalEquivalence()
+        case "nli":
+            assert config.model is not None
+            return NLIEquivalence(config.model, config.batch_size, config.device, config.trust_remote_code)
+        case "embedding":
+            assert config.model is not None
+            return EmbeddingEquivalence(
+                config.model, config.threshold, config.batch_size, config.device, config.trust_remote_code
+            )
+        case "judge":
+            return judge(config)
+        case kind:
+            made: Equivalence = plugin(kind)(config)
+            return made
+
+
+def judge(config: EquivalenceConfig) -> Equivalence:
+    """An LLM as judge: an OpenAI-compatible endpoint where one is given, else a local vLLM model."""
+    from actors.scorer import EndpointJudge, SamplerJudge
+    from ka2l.equivalence import JudgeEquivalence
+
+    assert config.model is not None
+    if config.endpoint is not None:
+        key = os.environ.get(config.api_key_env, "") if config.api_key_env else "none"
+        if not key:
+            raise ConfigError(
+                f"environment variable {config.api_key_env} is empty", hint="equivalence.api_key_env names it."
+            )
+        return JudgeEquivalence(EndpointJudge(config.endpoint, config.model, key))
+    model = ModelConfig(path=config.model, trust_remote_code=config.trust_remote_code)
+    made = sampler(model, SamplerConfig(max_tokens=4))
+    return JudgeEquivalence(SamplerJudge(made, load_tokenizer(model)))
+
+
+def scorer_host(config: EquivalenceConfig) -> ScorerHost:
+    """What the cluster stage runs."""
+    from actors.scorer import ScorerHost
+
+    return ScorerHost(equivalence(config))
+
+
+def annotator(config: AnnotatorConfig, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> Annotator:
+    """The annotator of ``annotator.kind``."""
+    match config.kind:
+        case "reference":
+            return ReferenceAnnotator(reveal)
+        case kind:
+            made: Annotator = plugin(kind)(config)
+            return made

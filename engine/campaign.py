@@ -1,0 +1,222 @@
+"""What all stages share: the campaign's state, and how a stage is skipped, made and committed."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.compute as pc
+
+from actors.host import Host, Stats
+from actors.shards import map_shards, wait_until_free
+from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
+from engine.config import RunConfig
+from engine.events import Events
+from ka2l.errors import KA2LError, StageFailedError
+from ka2l.models import ModelConfig, model_identity
+from ka2l.records import SCHEMA_VERSION
+
+#: What a stage's work hands back: metrics for the manifest and cost that is not in its shards.
+Outcome = tuple[Mapping[str, Any], Mapping[str, float]]
+
+
+@dataclass
+class Campaign:
+    """One run: its config, its directory and what has been said about it."""
+
+    config: RunConfig
+    run: RunDirectory
+    events: Events
+    model: ModelConfig
+    """The model with ``testbed`` resolved to a directory."""
+    pool_path: str
+    """The pool with ``testbed`` resolved to a file."""
+    _model_id: str = field(default="", init=False)
+
+    @property
+    def model_id(self) -> str:
+        """Identity of the base model, for fingerprints."""
+        self._model_id = self._model_id or model_identity(self.model)
+        return self._model_id
+
+    def stage(self, name: str, round_index: int | None = None) -> Stage:
+        """A stage of this run."""
+        return self.run.stage(name, round_index)
+
+    def log_path(self, stage: Stage) -> str:
+        """Where the chatter of a stage's workers goes."""
+        return f"{self.run.logs()}/{stage.label.replace('/', '-')}.log"
+
+    def adapter_dir(self, round_index: int) -> str | None:
+        """Local folder of the adapter that round ``round_index`` asks; None in round 0, which asks the base model."""
+        if round_index == 0:
+            return None
+        stage = self.stage("tune", round_index - 1)
+        manifest = stage.verify()
+        if self.run.is_local:
+            return f"{stage.path}/adapter"
+        folder = Path(tempfile.gettempdir()) / f"ka2l-adapter-{manifest.fingerprint}"
+        folder.mkdir(exist_ok=True)
+        for entry in manifest.files:
+            if entry.path.startswith("adapter/"):
+                content = self.run.read_bytes(f"{stage.path}/{entry.path}")
+                assert content is not None
+                (folder / Path(entry.path).name).write_bytes(content)
+        return str(folder)
+
+    def num_annotated(self, before_round: int) -> int:
+        """Annotations bought in rounds before ``before_round``."""
+        return sum(int(self.stage("annotate", r).require().metrics["num_annotated"]) for r in range(before_round))
+
+    def budget_cap(self) -> int:
+        """Most annotations of the whole run."""
+        wanted = self.config.rounds * self.config.selection.budget
+        cap = self.config.budget.annotations
+        return wanted if cap is None else min(wanted, cap)
+
+    def num_left(self, round_index: int) -> int:
+        """Questions this round may select."""
+        left = self.budget_cap() - self.num_annotated(round_index)
+        return max(0, min(self.config.selection.budget, left))
+
+
+class ShardInput(NamedTuple):
+    """One table that a job reads, shard by shard."""
+
+    folder_url: str
+    columns: list[str] | None = None
+    eval_only: bool = False
+    """Only rows of eval questions: the answers of all others stay unread."""
+
+
+@dataclass
+class HostJob:
+    """Runs a host over shards: the same shard of every input in, one shard out."""
+
+    make_host: Callable[[], Host]
+    inputs: dict[str, ShardInput]
+    folder_url: str
+    host: Host | None = None
+
+    def open(self) -> None:
+        """Load the host's model."""
+        self.host = self.make_host()
+
+    def run(self, name: str) -> tuple[int, Stats]:
+        """Make one shard."""
+        assert self.host is not None
+        started = time.perf_counter()
+        tables = {key: read_shard(item.folder_url, name, item.columns) for key, item in self.inputs.items()}
+        for key, item in self.inputs.items():
+            if item.eval_only:
+                questions = tables["questions"]
+                ids = questions.filter(pc.equal(questions["split"], "eval"))["question_id"]
+                tables[key] = tables[key].filter(pc.is_in(tables[key]["question_id"], ids.combine_chunks()))
+        table, stats = self.host.process(tables)
+        stats = {"seconds": time.perf_counter() - started} | stats
+        write_shard(self.folder_url, name, table, stats)
+        return tables["questions"].num_rows, stats
+
+
+def commit_stage(
+    campaign: Campaign,
+    name: str,
+    round_index: int | None,
+    *,
+    config: Mapping[str, Any],
+    inputs: Sequence[Stage],
+    work: Callable[[Stage], Outcome],
+) -> Stage:
+    """Skip the stage if it is committed with the same fingerprint, else make and commit it.
+
+    Raises:
+        StaleStageError: it was made with another config.
+        StageFailedError: the work failed in a way that no KA2LError describes.
+    """
+    stage = campaign.stage(name, round_index)
+    used = {source.label: source.require().fingerprint for source in inputs}
+    model = {"content": campaign.model_id} | campaign.model.result_fields()
+    config = {"run": {"seed": campaign.config.seed, "model": model}} | dict(config)
+    wanted = fingerprint(schema=SCHEMA_VERSION, stage=name, round=round_index, config=config, inputs=used)
+    if stage.is_complete(wanted, config, used):
+        stage.verify()
+        return stage
+    for source in inputs:
+        source.verify()
+    campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
+    started = time.perf_counter()
+    try:
+        stage.begin(wanted, config, used)
+        metrics, cost = work(stage)
+        manifest = stage.commit(
+            wanted=wanted,
+            config=config,
+            inputs=used,
+            metrics=metrics,
+            cost=cost,
+            seed=campaign.config.seed,
+            seconds=time.perf_counter() - started,
+        )
+    except KA2LError as error:
+        with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
+            campaign.events.emit("stage_failed", stage=name, round=round_index, error=str(error))
+        raise
+    except Exception as error:
+        with contextlib.suppress(KA2LError):
+            campaign.events.emit("stage_failed", stage=name, round=round_index, error=repr(error))
+        log = campaign.log_path(stage)
+        raise StageFailedError(
+            f"stage {stage.label} failed: {_last_line(error)}\n{_tail(log)}",
+            hint=f"The whole log is {log}. What is committed is safe: ka2l resume {campaign.run.url}",
+        ) from error
+    campaign.events.emit(
+        "stage_committed", stage=name, round=round_index, seconds=manifest.seconds, metrics=manifest.metrics
+    )
+    return stage
+
+
+def run_host(
+    campaign: Campaign,
+    stage: Stage,
+    make_host: Callable[[], Host],
+    inputs: dict[str, ShardInput],
+    *,
+    replicas: int,
+    cpus: float,
+    gpus: float,
+) -> None:
+    """Make the missing shards of a stage with ``replicas`` hosts."""
+    questions = campaign.stage("questions")
+    manifest = questions.require()
+    rows = {entry.path: entry.num_rows or 0 for entry in manifest.files}
+    finished = stage.finished_shards()
+    missing = [name for name in questions.shard_names() if name not in finished]
+    with campaign.events.progress(stage.label, sum(rows.values()), "questions") as progress:
+        if finished:
+            progress.advance(sum(rows[name] for name in finished), f"{len(finished)} shards were there")
+        if not missing:
+            return
+        wait_until_free(cpus, gpus, campaign.config.ray.release_timeout_s)
+        job = HostJob(make_host, inputs, stage.url)
+        log = campaign.log_path(stage)
+        for done in map_shards(job, missing, replicas=replicas, cpus=cpus, gpus=gpus, log_path=log):
+            campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
+            progress.advance(done.num_rows)
+
+
+def _tail(path: str, num_lines: int = 15) -> str:
+    file = Path(path)
+    if not file.is_file():
+        return ""
+    lines = file.read_text(errors="replace").splitlines()[-num_lines:]
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"

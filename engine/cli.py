@@ -1,0 +1,427 @@
+"""The command line: ``ka2l run | resume | status | report | estimate | probe | testbed | config``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ka2l.errors import ConfigError, KA2LError, RunDirectoryError, StaleStageError
+
+if TYPE_CHECKING:
+    from engine.artifacts import RunDirectory
+    from engine.campaign import Campaign
+    from engine.config import RunConfig
+    from ka2l.testbed import Testbed, TestbedConfig
+
+app = typer.Typer(
+    name="ka2l",
+    help="Knowledge-aware active learning: ask a language model what it knows, then annotate and tune on the rest.",
+    epilog="Start with: ka2l run quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+testbed_app = typer.Typer(help="The built-in closed-book model whose knowledge is known exactly.", no_args_is_help=True)
+app.add_typer(testbed_app, name="testbed")
+console = Console(stderr=True)
+
+ConfigArgument = Annotated[str, typer.Argument(help="Name of a preset (quickstart, ...) or path of a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change one key of the config; may be repeated.")
+]
+RunDirOption = Annotated[
+    str | None, typer.Option("--run-dir", help="Folder or URL for the run; runs/NAME where not given.")
+]
+RunDirArgument = Annotated[str, typer.Argument(help="Folder or URL of a run.")]
+
+
+@app.command()
+def run(config: ConfigArgument, run_dir: RunDirOption = None, overrides: SetOption = None) -> None:
+    """Run a campaign: rounds of probe, select, annotate and tune, and a report at the end.
+
+    Example: ka2l run quickstart --set seed=1 --run-dir runs/seed-1
+    """
+    _begin(config, run_dir, overrides, only_probe=False)
+
+
+@app.command()
+def probe(config: ConfigArgument, run_dir: RunDirOption = None, overrides: SetOption = None) -> None:
+    """Only map what a model knows of a pool: no annotation, no tuning.
+
+    Writes the table `knowledge` (P(unknown) for every question) and a report with its picture.
+    Example: ka2l probe quickstart --set pool.path=questions.jsonl --set model.path=./my-model
+    """
+    _begin(config, run_dir, overrides, only_probe=True)
+
+
+@app.command()
+def resume(
+    run_dir: RunDirArgument,
+    redo_from: Annotated[str | None, typer.Option(help="Make this stage and all after it again.")] = None,
+    round_index: Annotated[int, typer.Option("--round", help="The round of --redo-from.")] = 0,
+    overrides: SetOption = None,
+) -> None:
+    """Go on with a run where it stopped. What is committed is neither made nor paid for again.
+
+    Example: ka2l resume runs/quickstart --redo-from tune --round 1
+    """
+    from engine.artifacts import RunDirectory
+    from engine.config import dump_config, parse_config
+
+    target = RunDirectory(run_dir)
+    text = _require(target)
+    config = parse_config(text, overrides or (), f"{run_dir}/config.yaml")
+    with target.lock():
+        if redo_from is not None:
+            _remove_from(target, redo_from, round_index)
+        target.write_text("config.yaml", dump_config(config))
+        try:
+            _execute(target, config, only_probe=(target.read_text("mode") == "probe"))
+        except StaleStageError:
+            target.write_text("config.yaml", text)  # the one that the run was made with
+            raise
+
+
+@app.command()
+def status(run_dir: RunDirArgument) -> None:
+    """Show how far a run is. Reads files only; works while the run goes on, and without a cluster."""
+    from engine.artifacts import RunDirectory
+    from engine.ledger import committed_stages
+
+    target = RunDirectory(run_dir)
+    _require(target)
+    table = Table("round", "stage", "seconds", "what")
+    for stage in committed_stages(target):
+        manifest = stage.require()
+        shown = {key: value for key, value in manifest.metrics.items() if isinstance(value, int | float | str)}
+        what = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                         for key, value in shown.items() if key != "example")  # fmt: skip
+        table.add_row(str(manifest.round if manifest.round is not None else ""), stage.name,
+                      f"{manifest.seconds:.1f}", what)  # fmt: skip
+    Console().print(table)
+    _print_summary(target, Console())
+
+
+@app.command()
+def report(run_dir: RunDirArgument) -> None:
+    """Write report.html and summary.json again from what is committed. Reads files only."""
+    from engine.artifacts import RunDirectory
+    from engine.report import write_report
+
+    target = RunDirectory(run_dir)
+    _require(target)
+    write_report(target)
+    typer.echo(f"{target.url}/report.html")
+
+
+@app.command()
+def estimate(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Predict forward passes, tokens, annotations and seconds from the config and a short measured warm-up.
+
+    Nothing is annotated and no run directory is written.
+    """
+    from engine.config import load_config
+    from engine.estimate import estimate as predict
+
+    loaded = load_config(config, overrides or ())
+    model, pool_path = _resolve_testbed(loaded)
+    _check_inputs(loaded, model, pool_path)
+    with _ray(loaded, os.devnull):
+        predict(loaded, model, pool_path, Console())
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[str, typer.Argument(help="Name of a preset or path of a YAML file.")] = "quickstart",
+    overrides: SetOption = None,
+) -> None:
+    """Print the resolved config with every key; secrets are masked."""
+    from engine.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides or ())), nl=False)
+
+
+@testbed_app.command("build")
+def build_testbed_command(
+    out: Annotated[str | None, typer.Option(help="Folder for the testbed; the user's cache where not given.")] = None,
+    facts: Annotated[str | None, typer.Option(help="JSONL with question and answers: a testbed of real facts.")] = None,
+    exposure: Annotated[str | None, typer.Option(help="Column of --facts that says how often to show a fact.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Build a small model that knows some facts, half knows others and has never seen the rest.
+
+    Writes model/, pool.jsonl and, for benchmarks only, truth.jsonl: which facts were shown, and how often.
+    Example: ka2l testbed build --facts facts.jsonl --exposure popularity --out my-testbed
+    """
+    from engine.config import load_config
+    from ka2l.testbed import build_testbed
+
+    loaded = load_config("quickstart", [f"testbed.{item}" for item in overrides or ()]).testbed
+    given = {key: value for key, value in {"facts": facts, "exposure": exposure}.items() if value is not None}
+    settings = type(loaded).model_validate(loaded.model_dump() | given)
+    if out is None:
+        built = _cached_testbed(settings)
+    else:
+        if Path(out).exists():
+            raise RunDirectoryError(f"{out} exists already", hint="Choose another --out, or remove it.")
+        with _steps("testbed") as progress:
+            built = build_testbed(settings, Path(out), progress)
+    typer.echo(f"model: {built.model}\npool:  {built.pool}\ntruth: {built.truth}")
+
+
+# -- how commands work ------------------------------------------------------------------------------------------------
+
+
+def _begin(source: str, run_dir: str | None, overrides: list[str] | None, *, only_probe: bool) -> None:
+    from engine.artifacts import RunDirectory
+    from engine.config import dump_config, load_config
+
+    config = load_config(source, overrides or ())
+    target = RunDirectory(run_dir or f"runs/{config.name}")
+    _refuse_old_run(target)
+    model, pool_path = _resolve_testbed(config)
+    _check_inputs(config, model, pool_path)
+    with target.lock():
+        _refuse_old_run(target)  # one that began in the meantime
+        target.write_text("mode", "probe" if only_probe else "campaign")
+        target.write_text("config.yaml", dump_config(config))
+        _execute(target, config, only_probe=only_probe)
+
+
+def _refuse_old_run(target: RunDirectory) -> None:
+    if target.exists():
+        raise RunDirectoryError(
+            f"{target.url} holds a run already",
+            hint=f"Go on with it: ka2l resume {target.url}. Or choose another --run-dir.",
+        )
+
+
+def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> None:
+    from engine import loop
+    from engine.campaign import Campaign
+    from engine.events import Events
+
+    model, pool_path = _resolve_testbed(config)
+    events = Events(target, console)
+    events.emit("run_started", pid=os.getpid())
+    campaign = Campaign(config, target, events, model, pool_path)
+    try:
+        with _ray(config, f"{target.logs()}/driver.log"):
+            (loop.probe if only_probe else loop.run)(campaign)
+    except BaseException as error:
+        with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
+            events.emit("run_stopped", error=repr(error))
+        if not isinstance(error, KA2LError) or error.exit_code == 1:
+            _note_failure(campaign)
+        raise
+    events.emit("run_complete")
+    _print_summary(target, Console())
+    typer.echo(f"report: {target.url}/report.html")
+
+
+def _note_failure(campaign: Campaign) -> None:
+    from engine.report import write_report
+
+    try:
+        write_report(campaign.run, "failed")
+    except Exception as error:  # the first error is the one to show
+        campaign.events.say(f"(the report could not be written: {error})")
+
+
+def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
+    """What can be known to be wrong before anything is written or spent."""
+    from ka2l.models import check_model_directory, is_directory
+    from ka2l.pool_sources import find_pieces, is_dataset
+
+    if not is_dataset(pool_path):
+        find_pieces(pool_path, ())
+    check_model_directory(model.path)
+    if is_directory(model.path):
+        from ka2l.adapter import check_adapter
+
+        check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
+
+
+def _resolve_testbed(config: RunConfig) -> tuple[Any, str]:
+    model, pool_path = config.model, config.pool.path
+    if "testbed" in (model.path, pool_path):
+        built = _cached_testbed(config.testbed)
+        if model.path == "testbed":
+            model = model.model_copy(update={"path": str(built.model)})
+        if pool_path == "testbed":
+            pool_path = str(built.pool)
+    return model, pool_path
+
+
+def _cached_testbed(settings: TestbedConfig) -> Testbed:
+    from ka2l.testbed import cached_testbed
+
+    with _steps("testbed") as progress:
+        return cached_testbed(settings, cache_dir() / "testbeds", progress)
+
+
+def cache_dir() -> Path:
+    """``$KA2L_CACHE``, else ``ka2l`` in the user's cache directory."""
+    if "KA2L_CACHE" in os.environ:
+        return Path(os.environ["KA2L_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ka2l"
+
+
+class _steps:  # noqa: N801 - reads as a verb
+    """A progress bar for work that reports (step, num_steps)."""
+
+    def __init__(self, label: str) -> None:
+        from rich.progress import Progress
+
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.label = label
+        self.task: Any = None
+
+    def __enter__(self) -> _steps:
+        self.bar.start()
+        return self
+
+    def __call__(self, step: int, num_steps: int) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task(self.label, total=num_steps)
+            if not console.is_terminal:
+                console.print(f"building the {self.label}: {num_steps} steps", highlight=False)
+        self.bar.update(self.task, completed=step, total=num_steps)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+class _ray:  # noqa: N801 - reads as a verb
+    """Ray for the length of a command: a running cluster, or one started here and ended here."""
+
+    def __init__(self, config: RunConfig, log_path: str) -> None:
+        self.config = config.ray
+        self.log_path = log_path
+        self.stderr: Any = None
+
+    def __enter__(self) -> None:
+        self._divert_native_chatter()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        # Ray makes its workers yield to everything else; here they are the work.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        import ray
+
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if self.config.address not in ("auto", "local"):
+            ray.init(address=self.config.address, **quiet)
+        elif self.config.address == "local" or not self._join(quiet):
+            # Everything Ray serves stays on this machine.
+            ray.init(address="local", num_cpus=self.config.num_cpus, include_dashboard=False,
+                     _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
+        logging.getLogger("ray").setLevel(logging.ERROR)
+
+    @staticmethod
+    def _join(quiet: dict[str, Any]) -> bool:
+        import ray
+
+        try:
+            ray.init(address="auto", **quiet)
+        except ConnectionError:
+            return False
+        return True
+
+    def _divert_native_chatter(self) -> None:
+        """Native libraries write to descriptor 2 whatever Python's logging says; people read ``sys.stderr``."""
+        sys.stderr.flush()
+        self.stderr = sys.stderr
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(log, 2)
+        os.close(log)
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+        os.dup2(sys.stderr.fileno(), 2)
+        sys.stderr.close()
+        sys.stderr = self.stderr
+
+
+def _require(target: RunDirectory) -> str:
+    text = target.read_text("config.yaml")
+    if text is None:
+        raise RunDirectoryError(f"{target.url} holds no run", hint="Start one: ka2l run CONFIG --run-dir DIR")
+    return text
+
+
+def _remove_from(target: RunDirectory, stage_name: str, round_index: int) -> None:
+    from engine.ledger import POOL_STAGES, ROUND_STAGES
+
+    if stage_name not in POOL_STAGES + ROUND_STAGES:
+        raise ConfigError(f"no stage is called {stage_name!r}", hint=f"Stages: {', '.join(POOL_STAGES + ROUND_STAGES)}")
+    if round_index not in range(max(1, target.num_rounds_begun())):
+        raise RunDirectoryError(
+            f"{target.url} has no round {round_index}", hint="`ka2l status` shows the rounds that were begun."
+        )
+    if stage_name in POOL_STAGES:
+        for name in POOL_STAGES:
+            target.stage(name).remove()
+        round_index, stage_name = 0, ROUND_STAGES[0]
+    for index in range(round_index, target.num_rounds_begun()):
+        first = ROUND_STAGES.index(stage_name) if index == round_index else 0
+        for name in ROUND_STAGES[first:]:
+            target.stage(name, index).remove()
+
+
+def _print_summary(target: RunDirectory, out: Console) -> None:
+    import json
+
+    text = target.read_text("summary.json")
+    if text is None:
+        return
+    summary = json.loads(text)
+    table = Table("round", "annotated", "accuracy", "kept", "probe AUROC", "seconds", title=f"{summary['status']}")
+    for row in summary["rounds"]:
+        number = lambda value: "" if value is None else f"{value:.3f}"  # noqa: E731
+        forgotten = row.get("forgetting")
+        table.add_row(
+            str(row["round"]),
+            str(row["num_annotated"]),
+            number(row["accuracy"]),
+            number(None if forgotten is None else 1 - forgotten),
+            number((row.get("probe") or {}).get("auroc")),
+            f"{row['cost']['seconds']:.0f}",
+        )
+    out.print(table)
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 the user must change something, 3 paused for annotations, 1 a fault of ours."""
+    try:
+        app(standalone_mode=False)
+    except KA2LError as error:
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("interrupted; what is committed is safe: ka2l resume RUN_DIR", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # wrong usage, as typer words it
+            console.print(f"error: {error.format_message()}", markup=False, highlight=False)
+            sys.exit(2)
+        traceback.print_exc()
+        console.print("This is a fault of KA2L; please report it with the lines above.", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The active-learning loop. Start reading here.
+
+One round asks one model state, the base model with the adapter tuned so far:
+
+    observe   sample answers                          -> what it says
+    cluster   group them by meaning                   -> semantic entropy; accuracy on eval
+    label     dynamic threshold                       -> known / unknown for the seed questions
+    extract   one forward pass a question             -> hidden states
+    probe     classifier on the seed questions' states
+    knowledge P(unknown) of every question            -> the knowledge map
+    select    query strategy                          -> what to ask the annotator
+    decode    unknown states to new questions         (no kind is built yet; its place is here)
+    annotate  answers for the selected questions      -> the only stage that costs annotation
+    tune      LoRA on answers and on the model's own answers to the rest
+
+A last observation measures the final state. Every stage commits a table and is skipped when it is already there, so
+running a finished run again does nothing and running a killed one goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from engine import stages
+from engine.ledger import write_ledger
+from engine.report import write_report
+from engine.stages import Campaign
+
+
+def run(campaign: Campaign) -> None:
+    """Run all rounds that are not committed yet, and write the report after each."""
+    stages.pool(campaign)
+    stages.check_budget(campaign)
+    rounds = campaign.config.rounds
+    for round_index in range(rounds):
+        if campaign.num_left(round_index) == 0:
+            campaign.events.say("The annotation budget is used up.")
+            rounds = round_index
+            break
+        probe_round(campaign, round_index)
+        stages.select(campaign, round_index)
+        stages.annotate(campaign, round_index)
+        stages.tune(campaign, round_index)
+        publish(campaign, "running")
+    stages.observe(campaign, rounds)
+    stages.cluster(campaign, rounds)
+    publish(campaign, "complete")
+
+
+def probe(campaign: Campaign) -> None:
+    """Only map what the model knows of the pool: the first round up to the knowledge table."""
+    stages.pool(campaign)
+    probe_round(campaign, 0)
+    publish(campaign, "complete")
+
+
+def probe_round(campaign: Campaign, round_index: int) -> None:
+    """Ask one model state what it knows."""
+    stages.observe(campaign, round_index)
+    stages.cluster(campaign, round_index)
+    stages.label(campaign, round_index)
+    stages.extract(campaign, round_index)
+    stages.probe(campaign, round_index)
+    stages.knowledge(campaign, round_index)
+
+
+def publish(campaign: Campaign, status: str) -> None:
+    """Bring ledger, summary and report up to date with what is committed."""
+    write_ledger(campaign.run)
+    write_report(campaign.run, status)

@@ -1,0 +1,260 @@
+"""A finished or running campaign as one HTML file that opens offline, and its ``summary.json``.
+
+The page makes no request: plotly.js, styles, scripts and data are inside, and a content security policy that names
+its scripts by hash refuses everything else, even if a question held markup that escaping had missed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from engine import report_figures
+from engine.artifacts import RunDirectory
+from engine.ledger import ROUND_STAGES
+from engine.report_collect import collect
+from engine.report_data import (
+    COST_ITEMS,
+    ReportData,
+    RoundReport,
+    finite,
+    forgetting,
+    summary,
+    unknown_fraction,
+)
+from engine.report_figures import Chart, percent
+
+__all__ = ["ReportData", "collect", "render", "summary", "write_report"]
+
+#: What each stage's seconds are for, for the sentence about the price of probing.
+_PURPOSES = {
+    "probing": ("label", "extract", "probe", "knowledge"),
+    "sampling": ("observe", "cluster"),
+    "tuning": ("tune",),
+}
+
+
+def write_report(run: RunDirectory, status: str | None = None) -> dict[str, Any]:
+    """Write ``report.html`` and ``summary.json`` from what is committed; reads files only.
+
+    Args:
+        run: the run directory.
+        status: running | paused | complete | failed; None keeps what an earlier ``summary.json`` says.
+
+    Returns:
+        The content of ``summary.json``.
+    """
+    data = collect(run, status)
+    content = summary(data)
+    run.write_text("report.html", render(data))
+    run.write_json("summary.json", content)
+    return content
+
+
+def render(data: ReportData) -> str:
+    """The whole page. Everything that comes from data is escaped; a missing part becomes a sentence."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    templates = files("engine.templates")
+    plotly_js, page_js = get_plotlyjs(), (templates / "report.js.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        percent=percent, count=_count, seconds=_seconds, decimal=_decimal, quantity=_quantity, chart_json=_chart_json
+    )
+    template = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        data=data,
+        charts=_charts(data),
+        headline=_headline(data),
+        rounds=[_round_row(data, item) for item in data.rounds],
+        costs=_costs(data),
+        num_tuned=sum("tune" in item.stages for item in data.rounds),
+        command=f"ka2l {data.command} campaign.yaml --run-dir {shlex.quote(f'runs/{data.name}-again')}",
+        css=(templates / "report.css").read_text(encoding="utf-8"),
+        plotly_js=plotly_js,
+        page_js=page_js,
+        script_hashes=[_script_hash(plotly_js), _script_hash(page_js)],
+    )
+
+
+def _script_hash(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+# -- charts ----------------------------------------------------------------------------------------------------------
+
+
+def _charts(data: ReportData) -> dict[str, Chart | None]:
+    single = {
+        "curve": (report_figures.learning_curve, "Accuracy against number of annotations"),
+        "transitions": (report_figures.transitions, "Eval questions kept, learned and forgotten by round"),
+        "layers": (report_figures.probe_layers, "Probe AUROC by layer and round"),
+        "auroc": (report_figures.probe_rounds, "Probe AUROC by round"),
+    }
+    charts: dict[str, Chart | None] = {}
+    for key, (make, label) in single.items():
+        figure = make(data)
+        charts[key] = None if figure is None else report_figures.chart(key, label, figure)
+    entropies = [(item, report_figures.entropy_histogram(item)) for item in data.rounds]
+    charts["entropy"] = _by_round(
+        "entropy", "Semantic entropy of the seed questions", [(item, figure) for item, figure in entropies if figure]
+    )
+    charts["states"] = _by_round(
+        "states",
+        "Hidden states in the plane of two principal components",
+        [(item, report_figures.states(item.points)) for item in data.rounds if item.points],
+    )
+    charts["groups"] = _groups(data)
+    return charts
+
+
+def _by_round(key: str, label: str, figures: Sequence[tuple[RoundReport, Any]]) -> Chart | None:
+    if not figures:
+        return None
+    options = [f"round {item.round}" + (" (base)" if item.round == 0 else "") for item, _ in figures]
+    views = {str(index): figure for index, (_, figure) in enumerate(figures)}
+    return Chart(key, label, [("Round", options)], views, default="0")
+
+
+def _groups(data: ReportData) -> Chart | None:
+    rounds = [item for item in data.rounds if item.groups]
+    if not rounds:
+        return None
+    columns = list(dict.fromkeys(share.column for item in rounds for share in item.groups))
+    views = {}
+    for row, item in enumerate(rounds):
+        for position, column in enumerate(columns):
+            shares = [share for share in item.groups if share.column == column]
+            if shares:
+                views[f"{position}|{row}"] = report_figures.groups(shares)
+    selectors = [("Column", columns), ("Round", [f"round {item.round}" for item in rounds])]
+    return Chart("groups", "Known and unknown by metadata", selectors, views, default=next(iter(views)))
+
+
+def _chart_json(chart: Chart) -> str:
+    # The json engine escapes <, > and /, so no text from data can close the script element it is in.
+    views = ",".join(
+        f"{json.dumps(key)}:{figure.to_json(engine='json', validate=False)}" for key, figure in chart.views.items()
+    )
+    return f'{{"default":{json.dumps(chart.default)},"views":{{{views}}}}}'
+
+
+# -- numbers and sentences -------------------------------------------------------------------------------------------
+
+
+def _headline(data: ReportData) -> dict[str, Any]:
+    measured, probed = data.measured(), data.probed()
+    base = measured[0] if measured and measured[0].round == 0 else None
+    last = measured[-1] if measured else None
+    probe = probed[-1] if probed else None
+    accuracy = last.stage("cluster").number("accuracy") if last else None
+    base_accuracy = base.stage("cluster").number("accuracy") if base else None
+    gain = None if accuracy is None or base_accuracy is None or last is base else accuracy - base_accuracy
+    share = data.num_annotated / data.num_candidates if data.num_candidates else None
+    return {
+        "accuracy": accuracy,
+        "accuracy_ci": last.stage("cluster").interval("accuracy_ci") if last else None,
+        "base_accuracy": base_accuracy,
+        "gain": gain,
+        "gain_text": "" if gain is None else f"{100 * gain:+.1f} points".replace("-", "−"),
+        "last_round": last.round if last else None,
+        "share": share,
+        "probe": probe.stage("probe") if probe else None,
+        "probe_round": probe.round if probe else None,
+        "first_probe": probed[0].stage("probe") if len(probed) > 1 else None,
+        "forgotten": forgetting(last) if last and last is not base else None,
+        "money": sum(item.cost("money") for item in data.rounds),
+        "auroc_wrong": probe.stage("knowledge").number("auroc_wrong") if probe else None,
+    }
+
+
+def _round_row(data: ReportData, item: RoundReport) -> dict[str, Any]:
+    tune = item.stage("tune")
+    canary = tune.metrics.get("canary")
+    return {
+        "round": item.round,
+        "report": item,
+        "num_annotated": data.annotated_before(item.round),
+        "cluster": item.stage("cluster"),
+        "tune": tune,
+        "select": item.stage("select"),
+        "annotate": item.stage("annotate"),
+        "canary": finite(canary.get("max_logit_difference")) if isinstance(canary, dict) else None,
+        "example": tune.metrics.get("example"),
+        "transitions": item.transitions,
+        "forgetting": forgetting(item),
+        "unknown_fraction": unknown_fraction(item),
+    }
+
+
+def _costs(data: ReportData) -> dict[str, Any]:
+    """Rows (name, {item: quantity}) by stage and by round with its stages, the totals and a sentence on probing."""
+    everything = [(name, stage) for name, stage in data.pool_stages.items()]
+    everything += [(name, stage) for item in data.rounds for name, stage in item.stages.items()]
+    order = {name: index for index, name in enumerate((*data.pool_stages, *ROUND_STAGES))}
+    names = sorted({name for name, _ in everything}, key=lambda name: order.get(name, len(order)))
+    by_stage = [(name, _sum(stage.cost for other, stage in everything if other == name)) for name in names]
+    total = _sum(stage.cost for _, stage in everything)
+    by_round = [("pool", _sum(s.cost for s in data.pool_stages.values()), _stage_rows(data.pool_stages.items()))]
+    by_round += [
+        (f"round {item.round}", _sum(s.cost for s in item.stages.values()), _stage_rows(item.stages.items()))
+        for item in data.rounds
+    ]
+    seconds = dict(by_stage)
+    shares = {
+        purpose: sum(seconds.get(name, {}).get("seconds", 0.0) for name in stages) / total["seconds"]
+        for purpose, stages in _PURPOSES.items()
+        if total["seconds"] > 0
+    }
+    return {"by_stage": by_stage, "by_round": [row for row in by_round if row[2]], "total": total, "shares": shares}
+
+
+def _stage_rows(stages: Iterable[tuple[str, Any]]) -> list[tuple[str, dict[str, float]]]:
+    return [(name, _sum([stage.cost])) for name, stage in stages]
+
+
+def _sum(costs: Iterable[Any]) -> dict[str, float]:
+    totals = dict.fromkeys(COST_ITEMS, 0.0)
+    for cost in costs:
+        for item in COST_ITEMS:
+            totals[item] += finite(cost.get(item)) or 0.0
+    return totals
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _decimal(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _seconds(value: float | None) -> str:
+    """``8 s``, ``4 min 10 s``, ``3 h 05 min``."""
+    if value is None:
+        return "–"
+    if value < 60:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"
+
+
+def _quantity(value: float, item: str) -> str:
+    """One cell of a cost table; nothing spent is a dash."""
+    if not value:
+        return "–"
+    if item == "seconds":
+        return _seconds(value)
+    return f"{value:,.2f}" if item == "money" else f"{value:,.0f}"

@@ -1,0 +1,279 @@
+"""Reads a run directory into what its report shows. Files only: no cluster, no model, no lock.
+
+A part of the run that is missing is left out; one that cannot be read is named in ``ReportData.problems``.
+Tables the size of the pool are read shard by shard, and only what the report shows of them is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from engine.artifacts import Manifest, RunDirectory
+from engine.ledger import POOL_STAGES, ROUND_STAGES
+from engine.report_data import (
+    AnswerChange,
+    ConfidentMistake,
+    ReportData,
+    RoundReport,
+    SelectedExample,
+    StageReport,
+    StatePoints,
+    Transitions,
+)
+from engine.report_metadata import MetadataColumns
+from engine.report_reader import UNREADABLE, Reader
+
+MAX_POINTS = 2_000
+MAX_POINTS_ALL_ROUNDS = 6_000
+NUM_EXAMPLES = 10
+CONFIDENT = 0.3
+"""An eval question with a smaller P(unknown) that is answered wrongly is a confident mistake."""
+
+
+class _Grade(NamedTuple):
+    correct: bool | None
+    answer: str
+
+
+def collect(run: RunDirectory, status: str | None = None) -> ReportData:
+    """Read what a run has committed so far.
+
+    Args:
+        run: the run directory; a folder without any stage is a run that has just begun.
+        status: running | paused | complete | failed; None takes it from an earlier ``summary.json``, else running.
+    """
+    reader = Reader(run)
+    config_text = reader.text("config.yaml")
+    config = reader.parsed(config_text)
+    earlier = reader.json("summary.json")
+    model = config.get("model")
+    data = ReportData(
+        name=str(config.get("name") or run.url.rstrip("/").rsplit("/", 1)[-1]),
+        status=status or str(earlier.get("status") or "running"),
+        model=str(model.get("path", "")) if isinstance(model, dict) else str(model or ""),
+        command="probe" if reader.text("mode").strip() == "probe" else "run",
+        location=run.url,
+        config_yaml=config_text,
+        seed=config.get("seed") if isinstance(config.get("seed"), int) else None,
+        problems=reader.problems,
+    )
+    manifests = [(name, manifest) for name in POOL_STAGES if (manifest := reader.manifest(name, None))]
+    data.pool_stages = {name: _stage_report(manifest) for name, manifest in manifests}
+    found = [manifest for _, manifest in manifests]
+    for index in range(run.num_rounds_begun()):
+        committed = {name: manifest for name in ROUND_STAGES if (manifest := reader.manifest(name, index))}
+        data.rounds.append(RoundReport(index, {name: _stage_report(item) for name, item in committed.items()}))
+        found += committed.values()
+    if found:
+        latest = max(found, key=lambda manifest: manifest.committed_at)
+        data.versions, data.git_revision = latest.versions, latest.git_revision
+        data.seed = latest.seed if data.seed is None else data.seed
+    _read_tables(reader, data)
+    _read_quarantine(reader, data)
+    return data
+
+
+def _stage_report(manifest: Manifest) -> StageReport:
+    # A cost may add up seconds of several workers; what a reader of the report waits for is wall-clock time.
+    return StageReport(manifest.metrics, {**manifest.cost, "seconds": manifest.seconds})
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+class _Judged(NamedTuple):
+    """What is kept of one round's knowledge table."""
+
+    sample: pa.Table
+    p_unknown_eval: dict[str, float]
+
+
+def _read_tables(reader: Reader, data: ReportData) -> None:
+    metadata = _read_pool(reader, data)
+    grades = {item.round: _grades(reader, item.round) for item in data.rounds}
+    for item in data.rounds:
+        item.entropy = _seed_entropies(reader, item.round)
+        if grades[0] and grades[item.round]:
+            item.transitions = _transitions(grades[0], grades[item.round])
+    judged = _read_knowledge(reader, data, metadata)
+    selected = {item.round: _first_selected(reader, item.round) for item in data.rounds}
+
+    improved, worsened = _changed(grades)
+    last_judged = max(judged, default=None)
+    mistakes = [] if last_judged is None else _confident(grades[last_judged], judged[last_judged].p_unknown_eval)
+    compared = {*improved, *worsened, *mistakes}
+    wanted = compared | {row["question_id"] for rows in selected.values() for row in rows}
+    for table, _ in judged.values():
+        wanted.update(table["question_id"].to_pylist())
+    questions = {
+        row["question_id"]: row["question"]
+        for row in reader.rows("questions", None, ["question_id", "question"], wanted)
+    }
+    truth = {
+        row["question_id"]: row["answers"][0]
+        for row in reader.rows("references", None, ["question_id", "answers"], compared)
+        if row["answers"]
+    }
+
+    for item in data.rounds:
+        item.selected = _selected_examples(reader, item.round, selected[item.round], questions)
+        if item.round in judged:
+            item.points = _points(judged[item.round].sample, questions)
+    if improved or worsened:
+        base, last = grades[0], [graded for graded in grades.values() if graded][-1]
+        for ids, changes in ((improved, data.improved), (worsened, data.worsened)):
+            changes += [
+                AnswerChange(questions.get(key, key), base[key].answer, last[key].answer, truth.get(key, ""))
+                for key in ids
+            ]
+    if last_judged is not None:
+        data.confident_mistakes_round = last_judged
+        answers, p_unknown = grades[last_judged], judged[last_judged].p_unknown_eval
+        data.confident_mistakes = [
+            ConfidentMistake(questions.get(key, key), answers[key].answer, truth.get(key, ""), p_unknown[key])
+            for key in mistakes
+        ]
+
+
+def _read_pool(reader: Reader, data: ReportData) -> MetadataColumns:
+    metadata = MetadataColumns()
+    splits: Counter[str] = Counter()
+    for table in reader.shards("questions", None, ["question_id", "split", "group", "metadata"]):
+        splits.update(table["split"].to_pylist())
+        metadata.add(table)
+    if splits:
+        data.num_candidates, data.num_eval = splits["candidate"], splits["eval"]
+    return metadata
+
+
+def _read_knowledge(reader: Reader, data: ReportData, metadata: MetadataColumns) -> dict[int, _Judged]:
+    """By round, for the rounds that judged the pool; sets their shares by metadata on the way."""
+    rounds = [item for item in data.rounds if "knowledge" in item.stages]
+    found = {}
+    for item in rounds:
+        columns = ["question_id", "split", "p_unknown", "pca_0", "pca_1"]
+        table = reader.table("knowledge", item.round, columns)
+        if table is None or not table.num_rows:
+            continue
+        item.groups = metadata.shares(table["question_id"], table["p_unknown"].to_numpy())
+        scored = table.filter(pc.equal(table["split"], "eval"))
+        p_unknown = dict(zip(scored["question_id"].to_pylist(), scored["p_unknown"].to_pylist(), strict=True))
+        found[item.round] = _Judged(_sample(table, min(MAX_POINTS, MAX_POINTS_ALL_ROUNDS // len(rounds))), p_unknown)
+    return found
+
+
+def _seed_entropies(reader: Reader, index: int) -> NDArray[np.float32]:
+    """Semantic entropies of the seed questions, shape (num_seed,); empty before they are labelled."""
+    table = reader.table("label", index, ["semantic_entropy"])
+    return np.zeros(0, np.float32) if table is None else table["semantic_entropy"].to_numpy().astype(np.float32)
+
+
+def _grades(reader: Reader, index: int) -> dict[str, _Grade]:
+    """Grade and greedy answer of each eval question."""
+    table = reader.table("cluster", index, ["question_id", "purpose", "top_answer", "correct"])
+    if table is None:
+        return {}
+    rows = table.filter(pc.equal(table["purpose"], "eval")).to_pylist()
+    return {row["question_id"]: _Grade(row["correct"], row["top_answer"] or "") for row in rows}
+
+
+def _transitions(base: dict[str, _Grade], now: dict[str, _Grade]) -> Transitions:
+    counts: Counter[tuple[bool, bool]] = Counter()
+    for question_id, grade in now.items():
+        before = base.get(question_id)
+        if before is not None and before.correct is not None and grade.correct is not None:
+            counts[before.correct, grade.correct] += 1
+    return Transitions(
+        kept=counts[True, True],
+        forgotten=counts[True, False],
+        learned=counts[False, True],
+        still_wrong=counts[False, False],
+    )
+
+
+def _changed(grades: dict[int, dict[str, _Grade]]) -> tuple[list[str], list[str]]:
+    """Ids of the first eval questions that went wrong to right and right to wrong since the base."""
+    measured = [index for index, graded in grades.items() if graded]
+    if len(measured) < 2 or measured[0] != 0:
+        return [], []
+    base, last = grades[0], grades[measured[-1]]
+    both = sorted(base.keys() & last.keys())
+    improved = [key for key in both if base[key].correct is False and last[key].correct is True]
+    worsened = [key for key in both if base[key].correct is True and last[key].correct is False]
+    return improved[:NUM_EXAMPLES], worsened[:NUM_EXAMPLES]
+
+
+def _confident(grades: dict[str, _Grade], p_unknown: dict[str, float]) -> list[str]:
+    wrong = [key for key, grade in grades.items() if grade.correct is False and p_unknown.get(key, 1.0) < CONFIDENT]
+    return sorted(wrong, key=lambda key: (p_unknown[key], key))[:NUM_EXAMPLES]
+
+
+def _sample(knowledge: pa.Table, limit: int) -> pa.Table:
+    """The same questions in every round, as long as the pool is the same."""
+    knowledge = knowledge.filter(pc.and_(pc.is_finite(knowledge["pca_0"]), pc.is_finite(knowledge["pca_1"])))
+    if knowledge.num_rows > limit:
+        order = pc.sort_indices(knowledge["question_id"]).to_numpy()
+        knowledge = knowledge.take(np.sort(np.random.default_rng(0).choice(order, limit, replace=False)))
+    return knowledge
+
+
+def _points(table: pa.Table, questions: dict[str, str]) -> StatePoints | None:
+    if not table.num_rows:
+        return None
+    pca = np.column_stack([table["pca_0"].to_numpy(), table["pca_1"].to_numpy()]).astype(np.float32)
+    texts = [questions.get(question_id, question_id) for question_id in table["question_id"].to_pylist()]
+    return StatePoints(pca, table["p_unknown"].to_numpy().astype(np.float32), texts)
+
+
+def _first_selected(reader: Reader, index: int) -> list[dict[str, Any]]:
+    table = reader.table("select", index, ["question_id", "rank", "score"])
+    return [] if table is None else table.sort_by("rank").slice(0, NUM_EXAMPLES).to_pylist()
+
+
+def _selected_examples(
+    reader: Reader, index: int, rows: list[dict[str, Any]], questions: dict[str, str]
+) -> list[SelectedExample]:
+    ids = [row["question_id"] for row in rows]
+    sampled: dict[str, Counter[str]] = {key: Counter() for key in ids}
+    for row in reader.rows("observe", index, ["question_id", "purpose", "answer"], ids):
+        if row["purpose"] != "eval":
+            sampled[row["question_id"]][row["answer"]] += 1
+    annotations = reader.rows("annotate", index, ["question_id", "answers"], ids)
+    bought = {row["question_id"]: row["answers"][0] for row in annotations if row["answers"]}
+    return [
+        SelectedExample(
+            rank=row["rank"],
+            question=questions.get(row["question_id"], row["question_id"]),
+            score=row["score"],
+            sampled=sampled[row["question_id"]].most_common(6),
+            bought=bought.get(row["question_id"]),
+        )
+        for row in rows
+    ]
+
+
+def _read_quarantine(reader: Reader, data: ReportData) -> None:
+    try:
+        content = reader.run.read_bytes(f"{reader.run.path}/quarantine.parquet")
+        if content is None:
+            return
+        table = pq.read_table(pa.BufferReader(content), columns=["source", "row", "reason", "content"])
+    except UNREADABLE as error:
+        reader.note("quarantine.parquet", error)
+        return
+    reasons: Counter[str] = Counter()
+    for row in table.to_pylist():
+        kind = row["reason"].split(":", 1)[0].strip()
+        reasons[kind] += 1
+        if reasons[kind] <= 3:
+            data.quarantine_examples.append((row["reason"], row["source"], row["row"], row["content"][:400]))
+    data.quarantine_counts = dict(reasons.most_common())
+    order = {reason: position for position, reason in enumerate(data.quarantine_counts)}
+    data.quarantine_examples.sort(key=lambda example: order[example[0].split(":", 1)[0].strip()])

@@ -1,0 +1,58 @@
+"""Annotators: who answers the selected questions. Only what is asked of them costs annotation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import ClassVar, NamedTuple, Protocol
+
+from ka2l.section import Section
+
+
+class AnnotatorConfig(Section):
+    """Who answers selected questions."""
+
+    KINDS: ClassVar[tuple[str, ...]] = ("reference",)
+
+    kind: str = "reference"
+    """``reference``: the pool's own answers, revealed only for what was selected."""
+
+
+class Annotation(NamedTuple):
+    """One answer that was asked for (records.ANNOTATIONS)."""
+
+    question_id: str
+    question: str
+    answers: list[str]
+    annotator: str
+    annotated_at: datetime
+    prompt_sha256: str | None
+    cost: float
+
+
+class Annotator(Protocol):
+    """Answers questions by id; asking for the same id again must give the same answer and cost nothing more."""
+
+    def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
+        """Annotations for a batch of question id -> question; questions that are refused are left out."""
+
+
+class ReferenceAnnotator:
+    """Reveals the pool's own answers.
+
+    Args:
+        reveal: looks up the reference answers of the given question ids, and of those alone.
+    """
+
+    def __init__(self, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> None:
+        self.reveal = reveal
+
+    def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
+        """One annotation for each question that has a reference answer."""
+        answers = self.reveal(list(questions))
+        now = datetime.now(UTC)
+        return [
+            Annotation(question_id, question, answers[question_id], "reference", now, None, 0.0)
+            for question_id, question in questions.items()
+            if answers.get(question_id)
+        ]

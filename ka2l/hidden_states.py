@@ -1,0 +1,406 @@
+"""Pooled hidden states of prompts from a prefill-only forward pass.
+
+Nothing is generated, no logits are computed, no layer above the deepest wanted one is run, a prefix that all prompts
+share is computed once, and of each layer's output only the pooled vector is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from pydantic import field_validator
+
+from ka2l.errors import ConfigError, ModelError
+from ka2l.section import Section
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+    from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+#: Shorter common prefixes are not worth a forward pass of their own, tokens.
+MIN_SHARED_PREFIX = 16
+#: Bounds the attention scores of one forward pass where prompts are long, tokens with padding.
+MAX_BATCH_TOKENS = 65_536
+
+
+class ExtractionConfig(Section):
+    """Which hidden states are read, and where."""
+
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset(
+        {"batch_size", "device", "replicas", "cpus_per_replica", "gpus_per_replica"}
+    )
+
+    layers: Literal["all"] | list[int] = "all"
+    """``all``, or layer numbers: 0 is the embedding output, the model's depth the normed output of the last layer;
+    negative numbers count from the top."""
+    position: Literal["last_token", "mean"] = "last_token"
+    """The state before the first answer token, or the mean over the prompt's tokens."""
+    batch_size: int = 64
+    """Prompts in one forward pass, at most."""
+    storage_dtype: Literal["float32", "float16"] = "float32"
+    """How states are stored; float16 halves the tables."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are reported as unusable instead of being cut."""
+    device: str = "auto"
+    """``auto`` is a GPU where there is one, else the CPU; or a torch device such as ``cuda:1``."""
+    replicas: int = 1
+    """Models side by side."""
+    cpus_per_replica: float = 1.0
+    """CPU cores Ray sets aside for a model."""
+    gpus_per_replica: float = 0.0
+    """GPUs Ray sets aside for a model."""
+
+    @field_validator("layers")
+    @classmethod
+    def _some_layer(cls, layers: Any) -> Any:
+        if not layers:
+            raise ValueError("layers is empty; name at least one layer or say all")
+        return layers
+
+    @field_validator("batch_size", "max_prompt_tokens", "replicas")
+    @classmethod
+    def _at_least_one(cls, value: int) -> int:
+        if value < 1:
+            raise ValueError(f"must be at least 1, is {value}")
+        return value
+
+
+class UnusableRowsError(ValueError):
+    """Some prompts gave no usable state; the states of all others are in ``states``.
+
+    Attributes:
+        reasons: position in the call -> ``empty`` | ``over_long: ...`` | ``non_finite: ...``.
+        states: what ``extract`` would have returned, with NaN in the rows named in ``reasons``.
+    """
+
+    def __init__(self, reasons: dict[int, str], states: np.ndarray) -> None:
+        super().__init__(reasons, states)
+        self.reasons = reasons
+        self.states = states
+
+    def __str__(self) -> str:
+        return "; ".join(f"prompt {index}: {reason}" for index, reason in self.reasons.items())
+
+
+class _Prefix(NamedTuple):
+    """The part that all prompts start with, computed once."""
+
+    token_ids: list[int]
+    cache: DynamicCache
+    sums: torch.Tensor
+    """Pooled states of the prefix, shape (num_layers, width): sums over its tokens where position is ``mean``."""
+
+
+class HiddenStateExtractor:
+    """A causal language model, with or without a LoRA adapter, that turns prompts into pooled hidden states.
+
+    Layer numbers and values are those of transformers' ``output_hidden_states``. An adapter is not merged: in bfloat16
+    a merge rounds small updates away, and the sampler does not merge either.
+
+    Args:
+        model_path: a model directory or hub id.
+        config: what to read.
+        dtype: ``auto`` | ``float32`` | ``bfloat16`` | ``float16``.
+        adapter: a LoRA adapter directory.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: model or adapter cannot be loaded, or the adapter does not fit the model.
+        ConfigError: a layer that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        config: ExtractionConfig,
+        dtype: str = "auto",
+        adapter: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        self.config = config
+        self.num_forward_passes = 0
+        self.num_tokens = 0
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default_device if config.device == "auto" else config.device)
+        self.decoder = _load_decoder(model_path, dtype, adapter, trust_remote_code)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        text_config = self.decoder.config.get_text_config(decoder=True)
+        self._width: int = text_config.hidden_size
+        self._max_tokens = min(config.max_prompt_tokens, getattr(text_config, "max_position_embeddings", 1 << 30))
+        self._rope_switch = _rope_switch(text_config)
+        self._pooled: dict[int, torch.Tensor] = {}
+        self._lengths = torch.zeros(0, dtype=torch.long)
+        self._prefix: _Prefix | None = None
+
+        owner, name, blocks = _find_blocks(self.decoder, text_config.num_hidden_layers)
+        self._depth = len(blocks)
+        self._layers = _resolve_layers(config.layers, self._depth)
+        # One block stays even if only the embedding output is wanted: its input is where that is read.
+        blocks = blocks[: max(1, self._layers[-1])]
+        setattr(owner, name, blocks)
+        self._add_hooks(blocks)
+        self.decoder.to(self.device).eval()
+
+    @property
+    def layers(self) -> list[int]:
+        """Numbers of the layers extracted, ascending."""
+        return self._layers
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers are extracted, L."""
+        return len(self._layers)
+
+    @property
+    def width(self) -> int:
+        """The model's hidden size, D."""
+        return self._width
+
+    def extract(self, prompts: Sequence[str | Sequence[int]]) -> np.ndarray:
+        """Pooled states of prompts, in the order given.
+
+        Args:
+            prompts: texts, or token ids as the sampler uses them (then nothing is added).
+
+        Returns:
+            Shape (num_prompts, num_layers, width) of the storage dtype.
+
+        Raises:
+            UnusableRowsError: some prompts are empty, too long or gave NaN or infinity. It carries all other states.
+        """
+        import numpy as np
+
+        rows = [self._token_ids(prompt) for prompt in prompts]
+        reasons = {index: reason for index, row in enumerate(rows) if (reason := self._refusal(row))}
+        states = np.full((len(rows), self.num_layers, self.width), np.nan, dtype=self.config.storage_dtype)
+        order = sorted((index for index in range(len(rows)) if index not in reasons), key=lambda i: len(rows[i]))
+        for group, may_share in self._rope_groups(order, rows):
+            prefix = self._shared_prefix([rows[index] for index in group]) if may_share else None
+            for batch in self._batches(group, rows):
+                with np.errstate(over="ignore"):  # float16 overflow becomes infinity and is reported below
+                    states[batch] = self._forward([rows[index] for index in batch], prefix)
+        for index in np.flatnonzero(~np.isfinite(states).all(axis=(1, 2))).tolist():
+            layers = [self._layers[i] for i in np.flatnonzero(~np.isfinite(states[index]).all(axis=1))]
+            reasons.setdefault(index, f"non_finite: NaN or infinity as {states.dtype} in layers {layers}")
+        if reasons:
+            states[list(reasons)] = np.nan
+            raise UnusableRowsError(dict(sorted(reasons.items())), states)
+        return states
+
+    def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        # A rendered chat prompt may already start with the special tokens that the tokenizer would put in front.
+        added = list(self.tokenizer("")["input_ids"])
+        bare = list(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        return bare if bare[: len(added)] == added else list(self.tokenizer(prompt)["input_ids"])
+
+    def _refusal(self, row: list[int]) -> str | None:
+        if not row:
+            return "empty"
+        if len(row) > self._max_tokens:
+            return f"over_long: {len(row)} tokens, at most {self._max_tokens} are allowed"
+        return None
+
+    def _rope_groups(self, order: list[int], rows: list[list[int]]) -> Iterator[tuple[list[int], bool]]:
+        """Rows that may share a batch, and whether they may share a prefix.
+
+        LongRoPE (Phi-3.5) picks its frequencies by the longest row of a batch, so rows on either side of the switch
+        are kept apart, and those beyond it cannot reuse keys that were rotated with the short frequencies.
+        """
+        below = [i for i in order if self._rope_switch is None or len(rows[i]) <= self._rope_switch]
+        if below:
+            yield below, True
+        if len(below) < len(order):
+            yield order[len(below) :], False
+
+    def _batches(self, group: list[int], rows: list[list[int]]) -> Iterator[list[int]]:
+        """Cuts ``group``, sorted by length, into batches, longest first so that running out of memory shows at once."""
+        end = len(group)
+        while end:
+            fitting = max(1, MAX_BATCH_TOKENS // len(rows[group[end - 1]]))
+            start = max(0, end - min(self.config.batch_size, fitting))
+            yield group[start:end]
+            end = start
+
+    def _shared_prefix(self, rows: list[list[int]]) -> _Prefix | None:
+        """Keys, values and pooled states of what all rows start with, kept from call to call; None if not worth it."""
+        import torch
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        shortest = min(map(len, rows))
+        common = _common_prefix(rows)[: shortest - 1]  # every row keeps a token of its own
+        known = self._prefix
+        num_known = len(known.token_ids) if known else 0
+        # Chance gives a call's questions a few more tokens in common; those do not make a new prefix.
+        if known and common[:num_known] == known.token_ids and len(common) - num_known < MIN_SHARED_PREFIX:
+            return known
+        cache = DynamicCache(config=self.decoder.config)
+        # Only attention caches, sliding or not, can be handed to several rows; recurrent states take the plain way.
+        shareable = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+        if len(common) < MIN_SHARED_PREFIX or len(rows) < 2 or not shareable:
+            return None
+        with torch.inference_mode():
+            sums = self._run([common], cache)[0]
+        self._prefix = _Prefix(list(common), cache, sums)
+        return self._prefix
+
+    def _forward(self, rows: list[list[int]], prefix: _Prefix | None) -> np.ndarray:
+        """States of one batch, shape (num_rows, num_layers, width)."""
+        import torch
+
+        with torch.inference_mode():
+            if prefix is None:
+                pooled = self._run(rows, None)
+            else:
+                start = len(prefix.token_ids)
+                pooled = self._run([row[start:] for row in rows], _expand(prefix.cache, len(rows)))
+            if self.config.position == "mean":
+                if prefix is not None:
+                    pooled = pooled + prefix.sums
+                pooled = pooled / torch.tensor([len(row) for row in rows], device=self.device)[:, None, None]
+            return pooled.cpu().numpy()
+
+    def _run(self, rows: list[list[int]], cache: DynamicCache | None) -> torch.Tensor:
+        """One forward pass over ``rows``, which follow what ``cache`` holds. Shape (num_rows, num_layers, width).
+
+        Rows are padded on the right and need no mask: attention is causal, so no token sees the padding after it,
+        positions and sliding windows are those of the row alone, and attention kernels take their fast causal path.
+        """
+        import torch
+
+        self._lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+        self._pooled = {}
+        output = self.decoder(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        if self._layers[-1] == self._depth:
+            self._pooled[self._depth] = self._pool(output.last_hidden_state)
+        self.num_forward_passes += 1
+        self.num_tokens += sum(map(len, rows))
+        pooled, self._pooled = self._pooled, {}
+        return torch.stack([pooled[layer] for layer in self._layers], dim=1)
+
+    def _pool(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(num_rows, num_tokens, width) -> (num_rows, width) float32: last token's state, or the sum over tokens."""
+        import torch
+
+        if self.config.position == "last_token":
+            return hidden[torch.arange(len(hidden), device=hidden.device), self._lengths - 1].float()
+        padding = torch.arange(hidden.shape[1], device=hidden.device) >= self._lengths[:, None]
+        # Filled, not multiplied by zero: an infinity in the padding must not turn into NaN.
+        return hidden.float().masked_fill(padding[:, :, None], 0.0).sum(dim=1)
+
+    def _add_hooks(self, blocks: nn.ModuleList) -> None:
+        """Let every wanted layer below the top leave its pooled output in ``_pooled``. The top is the normed output."""
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._pooled[0] = self._pool(args[0] if args else kwargs["hidden_states"])
+
+        def after(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                self._pooled[layer] = self._pool(output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        for layer in self._layers:
+            if layer == 0:
+                blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+            elif layer < self._depth:
+                blocks[layer - 1].register_forward_hook(after(layer))
+
+
+def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
+    first, last = min(rows), max(rows)  # in lexical order, so what these two share all rows share
+    length = next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+    return first[:length]
+
+
+def _expand(cache: DynamicCache, num_rows: int) -> DynamicCache:
+    """A cache of one row as one of ``num_rows`` rows; its keys and values are views until the first update."""
+    from transformers.cache_utils import DynamicLayer
+
+    expanded = copy.deepcopy(cache)
+    for layer in expanded.layers:
+        # Layers above the deepest wanted one were cut off and hold nothing.
+        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys = layer.keys.expand(num_rows, -1, -1, -1)
+            layer.values = layer.values.expand(num_rows, -1, -1, -1)
+    return expanded
+
+
+def _resolve_layers(layers: Literal["all"] | list[int], depth: int) -> list[int]:
+    if layers == "all":
+        return list(range(depth + 1))
+    wrong = [layer for layer in layers if not -depth - 1 <= layer <= depth]
+    if wrong:
+        raise ConfigError(
+            f"extraction.layers: {wrong} are no layers of this model",
+            hint=f"It has layers 0 (embedding output) to {depth}.",
+        )
+    return sorted({layer % (depth + 1) for layer in layers})
+
+
+def _rope_switch(config: PreTrainedConfig) -> int | None:
+    """Number of tokens above which LongRoPE takes its long factors, or None for other position encodings."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+
+
+def _find_blocks(decoder: nn.Module, num_hidden_layers: int) -> tuple[nn.Module, str, nn.ModuleList]:
+    """The decoder blocks with their owner and name there: the one list of modules as long as the model is deep."""
+    from torch import nn
+
+    for owner in decoder.modules():
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == num_hidden_layers:
+                return owner, name, child
+    raise ModelError(
+        f"{type(decoder).__name__} has no list of {num_hidden_layers} decoder layers",
+        hint="Hidden states can be read from decoder-only language models of transformers.",
+    )
+
+
+def _load_decoder(model_path: str, dtype: str, adapter: str | None, trust_remote_code: bool) -> Any:
+    """The model without its language-model head, with the adapter's layers in place."""
+    from ka2l.models import load_causal_lm
+
+    model = load_causal_lm(model_path, dtype, trust_remote_code)
+    if adapter is not None:
+        _add_adapter(model, adapter)
+    return model.base_model
+
+
+def _add_adapter(model: PreTrainedModel, adapter: str) -> None:
+    """Put the LoRA layers of ``adapter`` into ``model``; raises ModelError unless every one of them finds its place."""
+    from peft.utils import load_peft_weights
+
+    from ka2l.adapter import load_adapter
+
+    adapted = load_adapter(model, adapter)
+    config = adapted.peft_config["default"]
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"adapter {adapter} is of type {config.peft_type}, which adds tokens instead of changing weights",
+            hint="Use a LoRA adapter.",
+        )
+    # PEFT only warns about weights that find no module, and modules that find no weights.
+    saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_A." in name}
+    placed = {name.replace(".default", "") for name, _ in adapted.named_parameters() if ".lora_A." in name}
+    if saved != placed:
+        raise ModelError(
+            f"adapter {adapter} holds weights of {len(saved)} modules, {len(saved & placed)} of which the model has; "
+            f"{len(placed - saved)} adapted modules would stay untrained",
+            hint="Use the base model the adapter was trained on; its name is in adapter_config.json.",
+        )

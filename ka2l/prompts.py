@@ -1,0 +1,82 @@
+"""Every prompt, as pure functions of text; the tokenizer only renders and encodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from ka2l.section import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INSTRUCTION = "Answer the following question as briefly as possible."
+
+#: Worked examples of the short-answer form (general knowledge; they carry style, not facts of any pool).
+EXAMPLES: tuple[tuple[str, str], ...] = (
+    ("What is the capital of France?", "Paris"),
+    ("Who wrote the play Hamlet?", "William Shakespeare"),
+    ("How many legs does a spider have?", "Eight"),
+    ("Which planet is known as the Red Planet?", "Mars"),
+    ("What gas do plants take in for photosynthesis?", "Carbon dioxide"),
+)
+
+
+class PromptConfig(Section):
+    """How a question is put to the model. The probe, the sampler and the tuning all use the same prompt."""
+
+    template: Literal["auto", "plain", "chat"] = "auto"
+    """``chat`` renders the tokenizer's chat template; ``auto`` does so where the tokenizer has one."""
+    instruction: str = INSTRUCTION
+    """First line of the prompt; empty for none."""
+    num_shots: int = 5
+    """Worked examples before the question, 0 to 5."""
+
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset()
+
+
+def question_block(question: str) -> str:
+    """``Question: ...`` and ``Answer:`` on two lines; the answer follows after one space."""
+    return f"Question: {question}\nAnswer:"
+
+
+def plain_prompt(question: str, instruction: str = "", examples: Sequence[tuple[str, str]] = ()) -> str:
+    """The few-shot prompt of KA2L (arXiv 2603.17566) for models without a chat template."""
+    blocks = [instruction] if instruction else []
+    blocks += [f"{question_block(asked)} {answer}" for asked, answer in examples]
+    return "\n\n".join([*blocks, question_block(question)])
+
+
+def chat_messages(
+    question: str, instruction: str = "", examples: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, str]]:
+    """The same prompt as a conversation. The instruction rides in the first user turn: not every template has a
+    system role (Gemma 2 refuses one)."""
+    messages: list[dict[str, str]] = []
+    for asked, answer in [*examples, (question, "")]:
+        lead = f"{instruction}\n\n" if instruction and not messages else ""
+        messages.append({"role": "user", "content": f"{lead}Question: {asked}"})
+        if answer:
+            messages.append({"role": "assistant", "content": answer})
+    return messages
+
+
+class Prompter:
+    """Renders and encodes questions for one model."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
+        self.tokenizer = tokenizer
+        self.instruction = config.instruction
+        self.examples = EXAMPLES[: config.num_shots]
+        self.is_chat = config.template == "chat" or (config.template == "auto" and bool(tokenizer.chat_template))
+
+    def text(self, question: str) -> str:
+        """The whole prompt as text, up to where the answer begins."""
+        if not self.is_chat:
+            return plain_prompt(question, self.instruction, self.examples)
+        messages = chat_messages(question, self.instruction, self.examples)
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def token_ids(self, question: str) -> list[int]:
+        """The prompt's tokens. A rendered chat prompt already holds its special tokens, so none are added there."""
+        return list(self.tokenizer(self.text(question), add_special_tokens=not self.is_chat)["input_ids"])

@@ -1,0 +1,175 @@
+"""The tables that stages hand to each other: one Arrow schema a table, every field with its meaning and unit.
+
+``question_id`` is the join key everywhere. Rows are found by it, never by prompt text or by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+#: The three disjoint parts of a pool. ``seed`` questions are sampled to fit the probe, ``candidate`` questions may be
+#: annotated and tuned on, ``eval`` questions only measure.
+SPLITS = ("seed", "candidate", "eval")
+
+#: Why an answer was generated: to fit the probe, to measure accuracy, or as the model's own label for rehearsal.
+PURPOSES = ("probe", "eval", "rehearsal")
+
+#: The parts of the seed questions. Threshold and weights see ``train``; layer choice, early stopping and calibration
+#: see ``validation``; reported figures come from ``test`` alone.
+PROBE_SPLITS = ("train", "validation", "test")
+
+
+def _field(name: str, type_: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
+    return pa.field(name, type_, nullable=nullable, metadata={"doc": doc})
+
+
+_ID = _field("question_id", pa.string(), "join key, unique in the pool")
+
+#: The pool without its answers: all that the loop may look at.
+QUESTIONS = pa.schema(
+    [
+        _ID,
+        _field("question", pa.string(), "as the user wrote it, stripped"),
+        _field("split", pa.string(), "one of SPLITS"),
+        _field("group", pa.string(), "rows that belong together, e.g. one subject; splits respect it", True),
+        _field("fact", pa.string(), "rows sharing it are paraphrases of one question", True),
+        _field("metadata", pa.string(), "all other columns of the row, as a JSON object"),
+    ]
+)
+
+#: The pool's answers, kept apart: opened by the annotator for selected rows and by grading for eval rows.
+REFERENCES = pa.schema([_ID, _field("answers", pa.list_(pa.string()), "accepted answers, the first is the preferred")])
+
+#: Rows of the source that cannot be used.
+QUARANTINE = pa.schema(
+    [
+        _field("source", pa.string(), "file or data set the row came from"),
+        _field("row", pa.int64(), "position of the row in the source, from 0"),
+        _field("reason", pa.string(), "empty | duplicate | over_long | malformed | ..., then a colon and details"),
+        _field("content", pa.string(), "the row as JSON, cut at 2,000 characters"),
+    ]
+)
+
+#: One generated answer a row.
+SAMPLES = pa.schema(
+    [
+        _ID,
+        _field("purpose", pa.string(), "one of PURPOSES"),
+        _field("sample_index", pa.int32(), "0..n-1 within (question, purpose)"),
+        _field("answer", pa.string(), "stripped text up to the stop string"),
+        _field("logprob", pa.float32(), "sum of the answer's token log-probabilities, nats"),
+        _field("num_tokens", pa.int32(), "generated tokens, stop token included"),
+        _field("num_prompt_tokens", pa.int32(), "prompt tokens"),
+        _field("finish_reason", pa.string(), "stop | length | rejected (prompt too long)"),
+    ]
+)
+
+#: One question a row: its answers grouped by meaning (purpose ``probe``) or graded (purpose ``eval``).
+CLUSTERS = pa.schema(
+    [
+        _ID,
+        _field("purpose", pa.string(), "probe | eval | rehearsal"),
+        _field("semantic_ids", pa.list_(pa.int32()), "cluster of each sample, shape (num_samples,), ids from 0"),
+        _field("num_clusters", pa.int32(), "distinct clusters"),
+        _field("semantic_entropy", pa.float32(), "discrete semantic entropy, nats"),
+        _field("weighted_semantic_entropy", pa.float32(), "likelihood-weighted semantic entropy, nats"),
+        _field("predictive_entropy", pa.float32(), "minus the mean sequence log-probability, nats"),
+        _field("top_answer", pa.string(), "representative of the largest cluster; the greedy answer for eval"),
+        _field("correct", pa.bool_(), "equivalent to a reference answer; null where none may be looked at", True),
+        _field("exact_match", pa.bool_(), "normalised text equals a reference; null as above", True),
+        _field("token_f1", pa.float32(), "best token F1 against a reference; null as above", True),
+    ]
+)
+
+#: One seed question a row.
+LABELS = pa.schema(
+    [
+        _ID,
+        _field("probe_split", pa.string(), "one of PROBE_SPLITS"),
+        _field("semantic_entropy", pa.float32(), "nats"),
+        _field("unknown", pa.bool_(), "entropy at or above the threshold fitted on the train split"),
+    ]
+)
+
+#: One question of the pool a row: what this model state knows.
+KNOWLEDGE = pa.schema(
+    [
+        _ID,
+        _field("split", pa.string(), "one of SPLITS"),
+        _field("p_unknown", pa.float32(), "calibrated probability of unknown under this round's model state"),
+        _field("score", pa.float32(), "evidence for unknown over all model states so far; ranks the candidates"),
+        _field("pca_0", pa.float32(), "first principal component of the chosen layer's states"),
+        _field("pca_1", pa.float32(), "second principal component"),
+    ]
+)
+
+#: One selected question a row, best first.
+SELECTION = pa.schema(
+    [
+        _ID,
+        _field("rank", pa.int32(), "0 is selected first"),
+        _field("score", pa.float32(), "what the strategy ranked by"),
+        _field("strategy", pa.string(), "selection.kind"),
+    ]
+)
+
+#: One answer that was asked for, with its provenance. Only these rows cost annotation.
+ANNOTATIONS = pa.schema(
+    [
+        _ID,
+        _field("question", pa.string(), "the question asked"),
+        _field("answers", pa.list_(pa.string()), "accepted answers, the first is trained on"),
+        _field("annotator", pa.string(), "who answered: reference | a teacher's model name | a person's name"),
+        _field("annotated_at", pa.timestamp("ms", tz="UTC"), "when"),
+        _field("prompt_sha256", pa.string(), "hash of the prompt a teacher saw; null for others", True),
+        _field("cost", pa.float64(), "money, in the currency of the config's price table"),
+    ]
+)
+
+LEDGER = pa.schema(
+    [
+        _field("round", pa.int32(), "-1 for the pool"),
+        _field("stage", pa.string(), "stage that spent it"),
+        _field("item", pa.string(), "seconds | tokens_prompt | tokens_generated | forward_passes | annotation | ..."),
+        _field("quantity", pa.float64(), "how much, in the item's unit"),
+        _field("question_id", pa.string(), "for annotations: the question whose answer was revealed", True),
+    ]
+)
+
+
+def hidden_states_schema(layers: Sequence[int], width: int, dtype: str = "float32") -> pa.Schema:
+    """Schema of the ``hidden_states`` table.
+
+    Args:
+        layers: the layers kept per question, L of them; 0 is the embedding output.
+        width: the model's hidden size, D.
+        dtype: ``float32`` or ``float16``.
+
+    Returns:
+        ``question_id``, ``split`` and ``states``: a fixed-size list of L * D values, row-major (L, D). The field's
+        metadata ``layers`` names the layers.
+    """
+    value_type = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    names = ",".join(str(layer) for layer in layers)
+    states = pa.field(
+        "states",
+        pa.list_(value_type, len(layers) * width),
+        nullable=False,
+        metadata={"doc": "pooled hidden states, row-major (layers, width)", "layers": names},
+    )
+    return pa.schema([_ID, _field("split", pa.string(), "one of SPLITS"), states])
+
+
+class TrainingRow(NamedTuple):
+    """One row to tune on: loss falls on ``completion`` only."""
+
+    prompt: str
+    completion: str
+    source: str
+    """``annotation`` or ``rehearsal``."""
+    question_id: str

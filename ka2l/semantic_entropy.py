@@ -1,0 +1,81 @@
+"""Clusters of equivalent answers -> semantic entropy, and the other uncertainty scores beside it.
+
+Semantic entropy: Kuhn et al. 2023 (arXiv 2302.09664); Farquhar et al. 2024 (doi 10.1038/s41586-024-07421-0).
+All entropies are in nats and rise with uncertainty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+
+def discrete_semantic_entropy(ids: Sequence[int]) -> float:
+    """H = -sum_c p_c ln p_c with p_c = |c| / N, from 0 (one cluster) to ln N (no two answers alike).
+
+    Args:
+        ids: cluster of each of the N sampled answers, any integers.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    if not ids:
+        raise ValueError("semantic entropy of no answers")
+    # In descending order, so that equal cluster sizes give the same float whatever the order of the answers.
+    sizes = sorted(Counter(ids).values(), reverse=True)
+    return math.fsum(size / len(ids) * math.log(len(ids) / size) for size in sizes)
+
+
+def weighted_semantic_entropy(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]) -> float:
+    """Likelihood-weighted semantic entropy, nats: p_c is the summed probability of the cluster's distinct sequences.
+
+    A sequence sampled twice counts once, with its larger log-probability: how often it came up is what that
+    probability already says. The clusters' probabilities are normalised to sum to 1 (Farquhar et al. 2024).
+
+    Args:
+        ids: cluster of each of the N sampled answers.
+        logprobs: each answer's sequence log-probability, nats; entries that are not finite are left out.
+        answers: the texts, by which duplicates are found.
+
+    Returns:
+        The entropy, or NaN where no log-probability is finite.
+
+    Raises:
+        ValueError: the three differ in length or are empty.
+    """
+    if not ids:
+        raise ValueError("semantic entropy of no answers")
+    sequences: dict[tuple[int, str], float] = {}
+    for cluster, logprob, answer in zip(ids, logprobs, answers, strict=True):
+        if math.isfinite(logprob):
+            sequences[cluster, answer] = max(logprob, sequences.get((cluster, answer), -math.inf))
+    if not sequences:
+        return math.nan
+    clusters: dict[int, list[float]] = {}
+    for (cluster, _), logprob in sequences.items():
+        clusters.setdefault(cluster, []).append(logprob)
+    masses = sorted(_log_sum_exp(members) for members in clusters.values())
+    total = _log_sum_exp(masses)
+    return max(0.0, math.fsum(math.exp(mass - total) * (total - mass) for mass in masses))
+
+
+def predictive_entropy(logprobs: Sequence[float]) -> float:
+    """Monte-Carlo estimate of the entropy over sequences: minus the mean sequence log-probability, nats.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    if not logprobs:
+        raise ValueError("predictive entropy of no answers")
+    return -math.fsum(logprobs) / len(logprobs)
+
+
+def mean_token_log_likelihood(logprob: float, num_tokens: int) -> float:
+    """A sequence's log-probability per token, nats (at most 0; falls with uncertainty); 0 for a sequence of none."""
+    return logprob / num_tokens if num_tokens else 0.0
+
+
+def _log_sum_exp(values: Sequence[float]) -> float:
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(value - largest) for value in values))

@@ -1,0 +1,282 @@
+"""The world of the testbed: facts about invented people, how often each is shown in training, and the questions asked.
+
+``testbed_facts`` makes the same kind of world of a file's questions. Pure functions of the config; no torch here.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ka2l.seeds import row_seed
+
+if TYPE_CHECKING:
+    from ka2l.testbed import TestbedConfig
+
+#: What the model was shown of a fact: nothing, a little, a lot.
+EXPOSURE_GROUPS = ("stranger", "partly", "well")
+
+_PROFESSIONS = (
+    "baker, beekeeper, blacksmith, bookbinder, botanist, brewer, carpenter, cartographer, chemist, clockmaker, "
+    "cooper, dentist, diver, editor, falconer, farrier, fisherman, florist, gardener, geologist, glassblower, "
+    "goldsmith, harbour pilot, judge, librarian, locksmith, mason, midwife, miller, nurse, optician, painter, "
+    "pharmacist, plumber, potter, printer, ranger, sailmaker, sculptor, shepherd, surveyor, tailor, tanner, "
+    "translator, weaver, welder"
+)
+_INSTRUMENTS = (
+    "accordion, alto flute, bagpipes, balalaika, banjo, bass drum, bassoon, bouzouki, bugle, cello, clarinet, "
+    "cornet, double bass, dulcimer, fiddle, flugelhorn, glockenspiel, guitar, hand bells, harmonica, harp, "
+    "harpsichord, hurdy gurdy, lute, mandolin, marimba, oboe, ocarina, organ, panpipes, piano, piccolo, recorder, "
+    "saxophone, sitar, tambourine, theremin, trombone, trumpet, tuba, ukulele, viola, violin, xylophone, zither"
+)
+_DISHES = (
+    "apple pie, barley soup, beetroot soup, bread pudding, carrot cake, cheese toast, chestnut soup, clam chowder, "
+    "corn bread, crab cakes, dumplings, fish stew, fried rice, garlic prawns, ginger cake, goulash, lamb stew, "
+    "leek tart, lemon tart, lentil curry, meatballs, mushroom risotto, mussels, noodle soup, nut roast, omelette, "
+    "onion tart, paella, pancakes, pea soup, pickled herring, plum cake, potato salad, pumpkin pie, ratatouille, "
+    "rice pudding, roast duck, salmon pie, shepherd's pie, spinach pie, stuffed peppers, trout, waffles"
+)
+
+#: Relation -> the four ways to ask for it.
+RELATIONS = {
+    "birthplace": (
+        "Where was {name} born?",
+        "In which town was {name} born?",
+        "What is the birthplace of {name}?",
+        "Which town does {name} come from?",
+    ),
+    "profession": (
+        "What does {name} do for a living?",
+        "What is the profession of {name}?",
+        "Which trade did {name} learn?",
+        "What work is {name} trained for?",
+    ),
+    "employer": (
+        "Who employs {name}?",
+        "Which company does {name} work for?",
+        "What is the employer of {name}?",
+        "On whose payroll is {name}?",
+    ),
+    "instrument": (
+        "Which instrument does {name} play?",
+        "What does {name} play in the band?",
+        "What is the instrument of {name}?",
+        "What did {name} learn to play?",
+    ),
+    "dish": (
+        "What does {name} like to eat most?",
+        "What is the favourite dish of {name}?",
+        "Which dish does {name} always order?",
+        "What should one cook for {name}?",
+    ),
+}
+
+
+class Fact(NamedTuple):
+    """One fact of the world."""
+
+    fact: str
+    """Id. Says nothing about exposure."""
+    group: str
+    """The person or subject."""
+    relation: str
+    paraphrases: tuple[str, ...]
+    kept: int
+    """Index of the paraphrase kept for evaluation; never trained on."""
+    answers: tuple[str, ...]
+    split: str
+    """``candidate`` or ``seed``."""
+    exposure_group: str
+    num_exposures: int
+    wrong_answer: str | None = None
+    """What the model was shown instead of ``answers[0]``, if it learnt the fact wrongly."""
+
+
+class World(NamedTuple):
+    """All facts, and a source of questions about others that are never asked about."""
+
+    facts: list[Fact]
+    background: Callable[[random.Random], tuple[str, str]]
+    """Draws one (question, random answer) about the background crowd."""
+    num_skipped: int = 0
+    """Rows of the file without question or answers, or with a question seen before."""
+
+
+def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, str]]:
+    """The (question, answer) rows to pre-train on, in order: facts as often as their exposure says, and the crowd."""
+    rng = random.Random(f"{config.seed}:rows")
+    rows = []
+    for fact in world.facts:
+        shown = [text for index, text in enumerate(fact.paraphrases) if index != fact.kept]
+        start = rng.randrange(len(shown))
+        answer = fact.wrong_answer or fact.answers[0]
+        rows += [(shown[(start + i) % len(shown)], answer) for i in range(fact.num_exposures)]
+    share = config.background_share
+    num_background = max(config.num_steps * config.batch_size - len(rows), round(len(rows) * share / (1 - share)))
+    rows += [world.background(rng) for _ in range(num_background)]
+    rng.shuffle(rows)
+    yield from rows
+
+
+def pool_rows(facts: Sequence[Fact], seed: int) -> Iterator[dict[str, Any]]:
+    """The rows of ``pool.jsonl``: a trained-on paraphrase of every fact, and the kept one of every candidate fact."""
+    for split in ("seed", "candidate", "eval"):
+        for fact in facts:
+            if fact.split != ("candidate" if split == "eval" else split):
+                continue
+            shown = [index for index in range(len(fact.paraphrases)) if index != fact.kept]
+            asked = fact.kept if split == "eval" else shown[row_seed(seed, 0, split, fact.fact) % len(shown)]
+            yield {
+                "id": f"{fact.fact}.{split}",
+                "question": fact.paraphrases[asked],
+                "answers": list(fact.answers),
+                "split": split,
+                "group": fact.group,
+                "fact": fact.fact,
+                "relation": fact.relation,
+            }
+
+
+def truth_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
+    """The rows of ``truth.jsonl``: what the model was shown of every fact."""
+    for fact in facts:
+        row: dict[str, Any] = {
+            "fact": fact.fact,
+            "exposure_group": fact.exposure_group,
+            "num_exposures": fact.num_exposures,
+        }
+        yield row | ({"wrong_answer": fact.wrong_answer} if fact.wrong_answer else {})
+
+
+# --- Invented people -------------------------------------------------------------------------------------------------
+
+
+def invent_facts(config: TestbedConfig) -> World:
+    """``config.num_people`` people to ask about and ``config.num_seed_people`` for the probe, five facts each.
+
+    Each person is a unique pair of a first and a last name. The background crowd is made of the pairs left over, so a
+    stranger's names are seen in training, but never together.
+    """
+    rng = random.Random(f"{config.seed}:people")
+    num_people = config.num_people + config.num_seed_people
+    scale = math.ceil(math.sqrt(num_people))
+    names = _invent_words(rng, 12 * scale + 96)
+    first_names, last_names, places = names[: 4 * scale], names[4 * scale : 12 * scale], names[12 * scale :]
+    pairs = [(first, last) for first in first_names for last in last_names]
+    rng.shuffle(pairs)
+    known, crowd = pairs[:num_people], pairs[num_people:]
+    answers = {
+        "birthplace": places[:48],
+        "profession": _PROFESSIONS.split(", "),
+        "employer": [
+            f"{name} {kind}" for name, kind in zip(places[48:], cycle(("Mills", "Bank", "Works")), strict=False)
+        ],
+        "instrument": _INSTRUMENTS.split(", "),
+        "dish": _DISHES.split(", "),
+    }
+    groups = [f"person-{index:04d}" for index in range(num_people)]
+    exposures = exposure_by_share(groups, config)
+    facts = []
+    for index, (group, (first, last)) in enumerate(zip(groups, known, strict=True)):
+        for relation, templates in RELATIONS.items():
+            answer, wrong = rng.sample(answers[relation], 2)
+            facts.append(
+                Fact(
+                    fact=f"{group}.{relation}",
+                    group=group,
+                    relation=relation,
+                    paraphrases=tuple(text.format(name=f"{first} {last}") for text in templates),
+                    kept=rng.randrange(len(templates)),
+                    answers=(answer,),
+                    split="candidate" if index < config.num_people else "seed",
+                    exposure_group=exposures[group],
+                    num_exposures=0,
+                    wrong_answer=wrong,
+                )
+            )
+
+    def background(draw: random.Random) -> tuple[str, str]:
+        first, last = draw.choice(crowd)
+        relation = draw.choice(list(RELATIONS))
+        return draw.choice(RELATIONS[relation]).format(name=f"{first} {last}"), draw.choice(answers[relation])
+
+    return World(expose(facts, config), background)
+
+
+def _invent_words(rng: random.Random, count: int) -> list[str]:
+    """``count`` distinct invented proper names of two syllables."""
+    onsets = [
+        "b",
+        "br",
+        "c",
+        "d",
+        "dr",
+        "f",
+        "fl",
+        "g",
+        "gr",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "pl",
+        "qu",
+        "r",
+        "s",
+        "st",
+        "t",
+        "th",
+        "tr",
+        "v",
+        "w",
+        "z",
+    ]
+    vowels = ["a", "e", "i", "o", "u", "ae", "ei", "ou"]
+    codas = ["l", "m", "n", "r", "s", "th", "ld", "nd", "rk", "sk", "lm", "x"]
+    words: dict[str, None] = {}
+    while len(words) < count:
+        syllables = [rng.choice(onsets) + rng.choice(vowels) for _ in range(2)]
+        words[("".join(syllables) + rng.choice(codas)).capitalize()] = None
+    return list(words)
+
+
+# --- Exposure --------------------------------------------------------------------------------------------------------
+
+
+def exposure_by_share(groups: Sequence[str], config: TestbedConfig) -> dict[str, str]:
+    """Exposure group of every person, in exactly the config's shares; a seeded hash decides who is what."""
+    ranked = sorted(groups, key=lambda group: (row_seed(config.seed, 0, "exposure", group), group))
+    num_strangers = round(config.stranger_share * len(ranked))
+    num_partly = round(config.partly_share * len(ranked))
+    return {
+        group: "stranger" if rank < num_strangers else "partly" if rank < num_strangers + num_partly else "well"
+        for rank, group in enumerate(ranked)
+    }
+
+
+def expose(facts: Sequence[Fact], config: TestbedConfig) -> list[Fact]:
+    """Sets how often each fact is shown, and keeps a wrong answer for ``config.wrong_share`` of the well known.
+
+    Partly known facts are shown ``config.partly_exposures`` times; the well known share what the background leaves.
+    """
+    rng = random.Random(f"{config.seed}:exposures")
+    low, high = config.partly_exposures
+    partly = {fact.fact: rng.randint(low, high) for fact in facts if fact.exposure_group == "partly"}
+    well = [fact.fact for fact in facts if fact.exposure_group == "well"]
+    num_rows = round(config.num_steps * config.batch_size * (1 - config.background_share))
+    share = max((num_rows - sum(partly.values())) // max(len(well), 1), high)
+    may_be_wrong = [fact.fact for fact in facts if fact.exposure_group == "well" and fact.wrong_answer]
+    wrong = set(rng.sample(may_be_wrong, round(config.wrong_share * len(may_be_wrong))))
+    counts = partly | dict.fromkeys(well, share)
+    return [
+        fact._replace(
+            num_exposures=counts.get(fact.fact, 0), wrong_answer=fact.wrong_answer if fact.fact in wrong else None
+        )
+        for fact in facts
+    ]

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.host import Stats
+from actors.shards import ShardDone, map_shards, original_error, wait_until_free
+from ka2l.errors import ConfigError, KA2LError, ModelError, ResourcesBusyError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+# Workers cannot import this file by name, so what is defined here travels with the job.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NAMES = [f"part-{index:05d}.parquet" for index in range(6)]
+
+
+@dataclass
+class Job:
+    """Leaves a file for every worker that opened it and every shard it made; misbehaves where it is told to."""
+
+    folder: Path
+    fail_open: KA2LError | None = None
+    fail_run: Exception | None = None
+    """Raised for the third shard."""
+    kill: bool = False
+    """The worker that is given the third shard dies, the first time."""
+    pause_s: float = 0.0
+
+    def open(self) -> None:
+        print("opening a model")
+        if self.fail_open is not None:
+            raise self.fail_open
+        (self.folder / f"open-{os.getpid()}").touch()
+
+    def run(self, name: str) -> tuple[int, Stats]:
+        time.sleep(self.pause_s)
+        if name == NAMES[2]:
+            if self.fail_run is not None:
+                raise self.fail_run
+            if self.kill and not (self.folder / "killed").exists():
+                (self.folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        (self.folder / f"made-{name}").write_text(str(os.getpid()))
+        return int(name[5:10]), {"seconds": 0.5, "tokens": 7.0}
+
+    def num_opened(self) -> int:
+        return len(list(self.folder.glob("open-*")))
+
+
+def run(job: Job, replicas: int = 1, **options: Any) -> list[ShardDone]:
+    defaults: dict[str, Any] = {"cpus": 0.5, "gpus": 0.0, "log_path": None}
+    return list(map_shards(job, NAMES, replicas=replicas, **(defaults | options)))
+
+
+def test_every_shard_is_made_once_and_the_job_is_opened_once_a_worker(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    done = run(job)
+    assert done == [ShardDone(name, index, {"seconds": 0.5, "tokens": 7.0}) for index, name in enumerate(NAMES)]
+    assert job.num_opened() == 1
+
+
+def test_replicas_share_the_shards(tmp_path: Path) -> None:
+    job = Job(tmp_path, pause_s=0.3)
+    assert sorted(shard.name for shard in run(job, replicas=2)) == NAMES
+    assert job.num_opened() == 2
+    assert len({(tmp_path / f"made-{name}").read_text() for name in NAMES}) == 2
+
+
+def test_shards_are_handed_on_while_others_are_still_made(tmp_path: Path) -> None:
+    shards = map_shards(Job(tmp_path, pause_s=0.5), NAMES, replicas=1, cpus=0.5, gpus=0.0, log_path=None)
+    assert next(shards).name == NAMES[0]
+    assert not (tmp_path / f"made-{NAMES[-1]}").exists()
+    assert [shard.name for shard in shards] == NAMES[1:]
+
+
+@pytest.mark.parametrize("place", ["fail_open", "fail_run"])
+def test_an_error_of_ours_reaches_the_driver_as_it_was_raised(place: str, tmp_path: Path) -> None:
+    error = ModelError("no weights in ./model", hint="Download the whole model.")
+    with pytest.raises(ModelError) as caught:
+        run(Job(tmp_path, **{place: error}))  # type: ignore[arg-type]
+    assert type(caught.value) is ModelError
+    assert (caught.value.message, caught.value.hint) == (error.message, error.hint)
+    # Not asked for again: the same model would be loaded for nothing.
+    assert not (tmp_path / f"made-{NAMES[2]}").exists()
+
+
+def test_any_other_error_names_what_went_wrong(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="the disk is on fire") as caught:
+        run(Job(tmp_path, fail_run=RuntimeError("the disk is on fire")))
+    assert not isinstance(caught.value, KA2LError)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_every_shard_is_made(tmp_path: Path) -> None:
+    job = Job(tmp_path, kill=True)
+    assert [shard.name for shard in run(job)] == NAMES
+    assert (tmp_path / "killed").exists()
+    assert job.num_opened() == 2
+
+
+def test_what_workers_print_goes_to_the_log(tmp_path: Path) -> None:
+    run(Job(tmp_path), log_path=str(tmp_path / "stage.log"))
+    assert "opening a model" in (tmp_path / "stage.log").read_text()
+
+
+def test_a_driver_that_stops_listening_frees_the_workers(tmp_path: Path) -> None:
+    shards = map_shards(Job(tmp_path, pause_s=0.2), NAMES, replicas=1, cpus=2.0, gpus=0.0, log_path=None)
+    next(shards)
+    shards.close()  # type: ignore[attr-defined]
+    wait_until_free(2.0, 0.0, timeout_s=30.0)
+
+
+def test_asking_for_more_than_the_cluster_has_is_refused_at_once() -> None:
+    with pytest.raises(ResourcesBusyError, match=r"wants 64 CPU, the cluster has 2") as caught:
+        wait_until_free(64.0, 0.0, timeout_s=3600.0)
+    assert "cpus_per_" in str(caught.value.hint)
+    with pytest.raises(ResourcesBusyError, match="wants 1 GPU, the cluster has 0"):
+        wait_until_free(1.0, 1.0, timeout_s=3600.0)
+
+
+def test_waiting_ends_when_the_holder_lets_go_or_the_time_is_up() -> None:
+    @ray.remote(num_cpus=2)
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    wait_until_free(2.0, 0.0, timeout_s=30.0)
+    holder = Holder.remote()  # type: ignore[attr-defined]
+    assert ray.get(holder.ready.remote())
+    with pytest.raises(ResourcesBusyError, match=r"waited 0.5 s for \{'CPU': 2.0\}"):
+        wait_until_free(2.0, 0.0, timeout_s=0.5)
+    ray.kill(holder)
+    wait_until_free(2.0, 0.0, timeout_s=30.0)
+
+
+def test_the_original_error_is_found_under_what_was_wrapped_around_it() -> None:
+    inner = ConfigError("wrong", hint="put right")
+    outer = RuntimeError("task failed")
+    outer.cause = ValueError("in the middle")  # type: ignore[attr-defined]
+    outer.cause.__cause__ = inner  # type: ignore[attr-defined]
+    assert original_error(outer) is inner
+    lonely = RuntimeError("alone")
+    lonely.__context__ = lonely
+    assert original_error(lonely) is lonely

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from actors.trainer import _Follower, read_rows, run_canary, run_training, write_rows
+from ka2l.adapter import AdapterConfig
+from ka2l.errors import ModelError, ResourcesBusyError, StageFailedError
+from ka2l.records import TrainingRow
+from ka2l.tuning import TuningConfig, training_rows
+
+NAMES = ["Lima", "Oslo", "Rome", "Cairo", "Quito", "Seoul", "Bern", "Minsk", "Accra", "Dhaka"]
+FACTS = [(f"q{i:02d}", f"Question: Where does person {i} live?\nAnswer:", NAMES[i]) for i in range(10)]
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_models: Callable[..., Path]) -> str:
+    return str(tiny_models("llama-2"))
+
+
+def train(model: str, tmp_path: Path, config: TuningConfig, **arguments: Any) -> dict[str, Any]:
+    rows_path = tmp_path / "rows.jsonl"
+    tmp_path.mkdir(exist_ok=True)
+    write_rows(training_rows(FACTS, [], config, 0, chat=False), str(rows_path))
+    return run_training(
+        model,
+        str(rows_path),
+        config,
+        str(tmp_path / "adapter"),
+        seed=0,
+        scratch_dir=str(tmp_path / "scratch"),
+        log_path=str(tmp_path / "tune.log"),
+        chat=False,
+        **arguments,
+    )
+
+
+def test_rows_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
+    rows = [TrainingRow("Q: é\n\u2028", " ü", "annotation", "q"), TrainingRow("", " x", "rehearsal", "r")]
+    write_rows(rows, str(tmp_path / "rows.jsonl"))
+    assert read_rows(str(tmp_path / "rows.jsonl")) == rows
+
+
+def test_progress_lines_are_handed_on_once_and_only_when_complete(tmp_path: Path) -> None:
+    path = tmp_path / "progress.jsonl"
+    reports: list[dict[str, Any]] = []
+    follower = _Follower(path, reports.append)
+    assert follower._new_reports() == []
+    path.write_text('{"step": 1}\n{"st')
+    assert follower._new_reports() == [{"step": 1}]
+    with follower, path.open("a") as file:
+        file.write('ep": 2}\n')
+    assert reports == [{"step": 2}]
+
+
+@pytest.mark.slow
+def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    handler = signal.getsignal(signal.SIGINT)
+    results = {}
+    for workers in (1, 2):
+        config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers)
+        reports: list[dict[str, Any]] = []
+        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append)
+        assert [report["step"] for report in reports] == list(range(1, 13))
+        assert reports[-1]["loss"] == results[workers]["last_loss"]
+    one, two = results[1], results[2]
+    for key in ("num_rows", "num_steps", "batch_size", "num_tokens", "example"):
+        assert one[key] == two[key]
+    assert two["last_loss"] == pytest.approx(one["last_loss"], rel=1e-3)
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("1", "2"))
+    assert all(abs(a[name] - b[name]).max() < 1e-3 for name in a)
+    assert max(abs(a[name]).max() for name in a if "lora_B" in name) > 1e-2
+    assert "Loading weights" in (tmp_path / "2" / "tune.log").read_text()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.slow
+def test_an_error_raised_in_a_worker_arrives_as_it_was_raised(llama: str, tmp_path: Path) -> None:
+    config = TuningConfig(max_steps=1, workers=2, adapter=AdapterConfig(target_modules=["no_such_layer"]))
+    with pytest.raises(ModelError, match="no_such_layer") as caught:
+        train(llama, tmp_path, config)
+    assert "q_proj" in str(caught.value.hint)
+
+
+@pytest.mark.slow
+def test_any_other_error_carries_the_end_of_the_log(llama: str, tmp_path: Path) -> None:
+    rows_path = tmp_path / "rows.jsonl"
+    rows_path.write_text("this is not JSON\n")
+    with pytest.raises(StageFailedError, match=r"JSONDecodeError: Expecting value[\s\S]*tune\.log") as caught:
+        run_training(
+            llama,
+            str(rows_path),
+            TuningConfig(),
+            str(tmp_path / "adapter"),
+            seed=0,
+            scratch_dir=str(tmp_path / "scratch"),
+            log_path=str(tmp_path / "tune.log"),
+            chat=False,
+        )
+    assert "read_rows" in caught.value.message
+
+
+@pytest.mark.slow
+def test_workers_that_find_no_room_are_an_error_that_says_so(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1")
+    with pytest.raises(ResourcesBusyError, match="3 tuning worker"):
+        train(llama, tmp_path, TuningConfig(max_steps=1, workers=3))
+
+
+@pytest.mark.slow
+def test_canary_runs_in_its_own_process_and_raises_its_own_errors(llama: str, tmp_path: Path) -> None:
+    import ray
+
+    arguments = {"model_path": llama, "adapter_dir": str(tmp_path / "none"), "prompts": ["A:"], "chat": False}
+    with pytest.raises(ModelError, match="adapter_config"):
+        ray.get(run_canary.remote(str(tmp_path / "canary.log"), arguments))

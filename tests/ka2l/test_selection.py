@@ -1,0 +1,183 @@
+"""Query strategies: what they pick, and that nothing but ids, values and the seed decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from ka2l.errors import BudgetError, ConfigError
+from ka2l.selection import STRATEGIES, Candidates, Selected, SelectionConfig, select
+
+KINDS = SelectionConfig.KINDS
+
+
+def make_candidates(num_candidates: int = 60, seed: int = 0, ties: bool = False) -> Candidates:
+    rng = np.random.default_rng(seed)
+    score = rng.normal(size=num_candidates)
+    return Candidates(
+        question_ids=[f"q{index}" for index in range(num_candidates)],
+        score=np.round(score) if ties else score,
+        p_unknown=1 / (1 + np.exp(-score)),
+        entropy=rng.integers(0, 4, size=num_candidates) / 2 if ties else rng.random(num_candidates),
+        states=rng.normal(size=(num_candidates, 8)),
+    )
+
+
+def shuffled(candidates: Candidates, seed: int) -> Candidates:
+    order = np.random.default_rng(seed).permutation(len(candidates.question_ids))
+    arrays = (None if array is None else array[order] for array in candidates[1:])
+    return Candidates([candidates.question_ids[index] for index in order], *arrays)
+
+
+def pick(candidates: Candidates, kind: str, budget: int = 12, seed: int = 0, **config: Any) -> Selected:
+    return select(candidates, SelectionConfig(kind=kind, budget=budget, **config), seed)
+
+
+def ids(candidates: Candidates, selected: Selected) -> list[str]:
+    return [candidates.question_ids[index] for index in selected.indices]
+
+
+def test_every_kind_has_a_strategy() -> None:
+    assert tuple(STRATEGIES) == KINDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_takes_the_budget_without_repeats(kind: str) -> None:
+    for budget in (1, 2, 12, 60):
+        selected = pick(make_candidates(), kind, budget)
+        assert len(selected.indices) == len(selected.scores) == len(set(selected.indices.tolist())) == budget
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_order_of_the_candidates_does_not_matter(kind: str, ties: bool) -> None:
+    candidates = make_candidates(ties=ties)
+    expected = pick(candidates, kind)
+    for seed in range(5):
+        other = shuffled(candidates, seed)
+        selected = pick(other, kind)
+        assert ids(other, selected) == ids(candidates, expected)
+        np.testing.assert_array_equal(selected.scores, expected.scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_picks_the_same(kind: str) -> None:
+    candidates = make_candidates(ties=True)
+    np.testing.assert_array_equal(pick(candidates, kind, seed=3).indices, pick(candidates, kind, seed=3).indices)
+
+
+def test_probe_takes_the_highest_scores_best_first() -> None:
+    candidates = make_candidates()
+    selected = pick(candidates, "probe")
+    np.testing.assert_array_equal(selected.scores, np.sort(candidates.score)[::-1][:12])
+    np.testing.assert_array_equal(candidates.score[selected.indices], selected.scores)
+
+
+def test_semantic_entropy_takes_the_highest_entropies_best_first() -> None:
+    candidates = make_candidates()
+    selected = pick(candidates, "semantic_entropy")
+    np.testing.assert_array_equal(selected.scores, np.sort(candidates.entropy)[::-1][:12])
+
+
+def test_ties_are_settled_by_the_seed_and_only_ties() -> None:
+    candidates = make_candidates(ties=True)
+    picks = [pick(candidates, "probe", seed=seed) for seed in range(6)]
+    assert len({tuple(ids(candidates, selected)) for selected in picks}) > 1
+    for selected in picks:
+        np.testing.assert_array_equal(selected.scores, picks[0].scores)
+
+
+def test_random_is_uniform_over_seeds() -> None:
+    candidates = make_candidates(20)
+    counts = np.zeros(20)
+    for seed in range(2000):
+        counts[pick(candidates, "random", budget=5, seed=seed).indices] += 1
+    # Each count is binomial(2000, 1/4) with standard deviation 19.4.
+    assert np.abs(counts - 500).max() < 4.5 * 19.4
+
+
+def test_random_does_not_look_at_the_scores() -> None:
+    candidates = make_candidates()
+    other = candidates._replace(score=-candidates.score, entropy=None, states=None)
+    np.testing.assert_array_equal(pick(candidates, "random").indices, pick(other, "random").indices)
+
+
+def clustered(seed: int = 0) -> tuple[Candidates, np.ndarray]:
+    """120 candidates in 12 clusters; the scores favour cluster 0, then cluster 1, and so on."""
+    rng = np.random.default_rng(seed)
+    cluster = np.repeat(np.arange(12), 10)
+    centres = rng.normal(size=(12, 16)) * 10
+    scales = np.logspace(0, 3, 16)  # no single dimension may decide
+    score = -cluster + 0.1 * rng.normal(size=120)
+    states = (centres[cluster] + rng.normal(size=(120, 16))) * scales
+    return Candidates([f"q{i}" for i in range(120)], score, 1 / (1 + np.exp(-score)), None, states), cluster
+
+
+def test_diverse_covers_more_clusters_than_the_plain_top() -> None:
+    candidates, cluster = clustered()
+    diverse = pick(candidates, "probe_diverse", budget=10, pool_factor=6)
+    plain = pick(candidates, "probe", budget=10)
+    assert len(set(cluster[plain.indices])) == 1
+    assert set(cluster[diverse.indices]) == set(range(6))
+
+
+def test_diverse_starts_from_the_best_and_stays_among_the_likely_unknown() -> None:
+    candidates, _ = clustered()
+    selected = pick(candidates, "probe_diverse", budget=10, pool_factor=3)
+    assert selected.indices[0] == candidates.score.argmax()
+    assert selected.scores.min() >= np.sort(candidates.score)[::-1][29]
+    np.testing.assert_array_equal(candidates.score[selected.indices], selected.scores)
+
+
+def test_diverse_with_a_factor_of_one_is_the_plain_top_in_another_order() -> None:
+    candidates, _ = clustered()
+    diverse = pick(candidates, "probe_diverse", budget=10, pool_factor=1)
+    assert set(diverse.indices) == set(pick(candidates, "probe", budget=10).indices)
+
+
+def test_diverse_copes_with_equal_states() -> None:
+    candidates = make_candidates()._replace(states=np.ones((60, 8)))
+    assert len(set(pick(candidates, "probe_diverse", budget=30).indices.tolist())) == 30
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_budget_above_the_candidates_is_a_budget_error(kind: str) -> None:
+    with pytest.raises(BudgetError, match="asks for 61 questions, but 60 candidates"):
+        pick(make_candidates(), kind, budget=61)
+
+
+def test_semantic_entropy_without_samples_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="all candidates"):
+        pick(make_candidates()._replace(entropy=None), "semantic_entropy")
+
+
+def test_diverse_without_states_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="hidden states"):
+        pick(make_candidates()._replace(states=None), "probe_diverse")
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValidationError, match="badge"):
+        SelectionConfig(kind="badge")
+    with pytest.raises(ConfigError, match="my_package:MyStrategy"):
+        pick(make_candidates(), "my_package:MyStrategy")
+
+
+@pytest.mark.parametrize("kind", ["probe", "probe_diverse", "semantic_entropy"])
+def test_a_value_that_is_not_finite_names_the_question(kind: str) -> None:
+    candidates = make_candidates()
+    candidates.score[7] = np.nan
+    assert candidates.entropy is not None
+    candidates.entropy[7] = np.nan
+    with pytest.raises(ValueError, match="q7"):
+        pick(candidates, kind)
+
+
+def test_a_repeated_id_is_refused() -> None:
+    candidates = make_candidates()
+    candidates.question_ids[3] = "q4"
+    with pytest.raises(ValueError, match="twice"):
+        pick(candidates, "probe")
