@@ -35,35 +35,19 @@ class VLLMSampler:
         adapter: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        _prepare_environment(config)
+        prepare_environment(config)
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        arguments: dict[str, Any] = {
-            "dtype": dtype,
-            "trust_remote_code": trust_remote_code,
-            "max_num_seqs": config.max_num_seqs,
-            "enable_prefix_caching": True,
-            "tensor_parallel_size": config.tensor_parallel_size,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
-        }
-        longest = config.max_model_len or max_model_len(model_path)
-        if longest is not None:
-            arguments["max_model_len"] = longest
-        if not _has_gpu():
-            arguments |= {"enforce_eager": True, "dtype": "float32" if dtype == "auto" else dtype}
-            # Where a prompt is cut between two steps vLLM rewinds the request's random stream, which CPU streams refuse
-            # ("CPU Generator does not use offset").
-            arguments["enable_chunked_prefill"] = False
-            del arguments["gpu_memory_utilization"]
+        arguments = engine_arguments(model_path, config, dtype, trust_remote_code)
         self.lora = None
         if adapter is not None:
             rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
             allowed = min(r for r in _LORA_RANKS if r >= rank)
-            arguments |= {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1}
+            arguments = {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1} | arguments
             self.lora = LoRARequest("adapter", 1, adapter)
         try:
-            self.engine = LLM(model_path, **(arguments | config.engine_args))
+            self.engine = LLM(model_path, **arguments)
         except (OSError, ValueError) as error:
             raise ModelError(f"vLLM cannot load {model_path}: {error}", hint="Check model and sampler.") from error
         self.config = config
@@ -205,13 +189,37 @@ def _check_engine(sampler: Sampler, canary: Mapping[str, Any]) -> None:
     check_canary(dict(canary), others)
 
 
+def engine_arguments(
+    model_path: str, config: SamplerConfig, dtype: str = "auto", trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``LLM`` besides the model and its adapter."""
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "max_num_seqs": config.max_num_seqs,
+        "enable_prefix_caching": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+    }
+    longest = config.max_model_len or max_model_len(model_path)
+    if longest is not None:
+        arguments["max_model_len"] = longest
+    if _has_gpu():
+        arguments["gpu_memory_utilization"] = config.gpu_memory_utilization
+    else:
+        arguments |= {"enforce_eager": True, "dtype": "float32" if dtype == "auto" else dtype}
+        # Where a prompt is cut between two steps vLLM rewinds the request's random stream, which CPU streams refuse
+        # ("CPU Generator does not use offset").
+        arguments["enable_chunked_prefill"] = False
+    return arguments | config.engine_args
+
+
 def _has_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
 
 
-def _prepare_environment(config: SamplerConfig) -> None:
+def prepare_environment(config: SamplerConfig) -> None:
     """vLLM reads its settings from the environment when it is imported."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -219,5 +227,7 @@ def _prepare_environment(config: SamplerConfig) -> None:
         # In-process engine: on CPUs the engine process doubles start-up and serves no purpose.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, round(config.cpu_kv_cache_gib)))
+        # vLLM still compiles how it ranks chosen tokens: seconds at the first request, and in need of a C++ compiler.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
         # Ray has given this process its cores; vLLM must not pin it to others.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

@@ -16,34 +16,43 @@ from ka2l.semantic_entropy import discrete_semantic_entropy, predictive_entropy,
 
 
 class ScorerHost:
-    """One equivalence; one shard a call."""
+    """One equivalence; one shard a call.
 
-    def __init__(self, equivalence: Equivalence) -> None:
+    Args:
+        equivalence: decides which answers mean the same.
+        purposes: purposes of the samples to group.
+        answers: accepted answers by question id, for grading; None takes the shard's ``references``.
+        only_graded: leave out questions that have no accepted answer here.
+    """
+
+    def __init__(
+        self,
+        equivalence: Equivalence,
+        purposes: Sequence[str] = ("probe", "eval"),
+        answers: Mapping[str, list[str]] | None = None,
+        only_graded: bool = False,
+    ) -> None:
         self.equivalence = equivalence
+        self.purposes = purposes
+        self.answers = answers
+        self.only_graded = only_graded
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
-        """From ``samples``, ``questions`` and the ``references`` of eval rows to ``clusters`` (records.CLUSTERS).
+        """From ``samples``, ``questions`` and ``references`` to ``clusters`` (records.CLUSTERS).
 
-        Rehearsal samples are labels, not evidence: they are not clustered. Answers marked ``rejected`` are left out.
+        What is graded is the largest cluster's answer; a greedy answer is alone in its cluster. Sampled answers marked
+        ``rejected`` are left out, a rejected greedy answer counts as wrong.
         """
         start = time.perf_counter()
-        questions = dict(
-            zip(
-                tables["questions"]["question_id"].to_pylist(), tables["questions"]["question"].to_pylist(), strict=True
-            )
-        )
-        references = dict(
-            zip(
-                tables["references"]["question_id"].to_pylist(),
-                tables["references"]["answers"].to_pylist(),
-                strict=True,
-            )
-        )
+        questions = {row["question_id"]: row["question"] for row in tables["questions"].to_pylist()}
+        references = self.answers
+        if references is None:
+            references = {row["question_id"]: row["answers"] for row in tables["references"].to_pylist()}
         samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for row in tables["samples"].to_pylist():
-            if row["purpose"] in ("probe", "eval") and not (
-                row["finish_reason"] == "rejected" and row["purpose"] == "probe"
-            ):
+            known = row["question_id"] in references or not self.only_graded
+            usable = row["finish_reason"] != "rejected" or row["purpose"] == "eval"
+            if row["purpose"] in self.purposes and known and usable:
                 samples.setdefault((row["question_id"], row["purpose"]), []).append(row)
         keys = sorted(samples)
         result = cluster_answers(
@@ -51,33 +60,23 @@ class ScorerHost:
             [[row["answer"] for row in samples[key]] for key in keys],
             self.equivalence,
         )
-        graded = [key for key in keys if key[1] == "eval"]
+        rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
+        graded = [key for key in keys if key[0] in references]
         grades = grade_answers(
             [questions[question_id] for question_id, _ in graded],
-            [samples[key][0]["answer"] for key in graded],
+            [rows[key]["top_answer"] for key in graded],
             [references[question_id] for question_id, _ in graded],
             self.equivalence,
         )
-        grade_of = dict(zip(graded, grades, strict=True))
-        rows = []
-        for key, ids in zip(keys, result.ids, strict=True):
-            grade = grade_of.get(key)
-            rows.append(
-                _uncertainty(samples[key], ids)
-                | {
-                    "question_id": key[0],
-                    "purpose": key[1],
-                    "correct": None if grade is None else grade.correct,
-                    "exact_match": None if grade is None else grade.exact_match,
-                    "token_f1": None if grade is None else grade.token_f1,
-                }
-            )
+        for key, grade in zip(graded, grades, strict=True):
+            rows[key] |= grade._asdict()
+        table = [{"question_id": key[0], "purpose": key[1]} | row for key, row in rows.items()]
         stats = {
             "score_seconds": time.perf_counter() - start,
             "num_pairs_asked": float(result.num_pairs_asked),
             "num_pairs_full": float(result.num_pairs_full),
         }
-        return pa.Table.from_pylist(rows, schema=CLUSTERS), stats
+        return pa.Table.from_pylist(table, schema=CLUSTERS), stats
 
 
 def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> dict[str, Any]:

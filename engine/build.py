@@ -127,6 +127,13 @@ def scorer_host(config: EquivalenceConfig) -> ScorerHost:
     return ScorerHost(equivalence(config))
 
 
+def feedback_host(config: EquivalenceConfig, answers: Mapping[str, list[str]]) -> ScorerHost:
+    """What the feedback stage runs: own answers graded against annotated ones."""
+    from actors.scorer import ScorerHost
+
+    return ScorerHost(equivalence(config), ("probe", "rehearsal"), answers, only_graded=True)
+
+
 def annotator(config: AnnotatorConfig, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> Annotator:
     """The annotator of ``annotator.kind``."""
     match config.kind:

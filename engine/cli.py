@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ka2l.errors import ConfigError, KA2LError, RunDirectoryError, StaleStageError
+from ka2l.errors import ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
@@ -249,7 +249,13 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     if is_directory(model.path):
         from ka2l.adapter import check_adapter
 
-        check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
+        try:
+            check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"cannot use the model in {model.path}: {reason}", hint="Check its config.json."
+            ) from error
 
 
 def _resolve_testbed(config: RunConfig) -> tuple[Any, str]:
@@ -264,8 +270,11 @@ def _resolve_testbed(config: RunConfig) -> tuple[Any, str]:
 
 
 def _cached_testbed(settings: TestbedConfig) -> Testbed:
+    from transformers.utils.logging import disable_progress_bar
+
     from ka2l.testbed import cached_testbed
 
+    disable_progress_bar()
     with _steps("testbed") as progress:
         return cached_testbed(settings, cache_dir() / "testbeds", progress)
 
@@ -320,22 +329,24 @@ class _ray:  # noqa: N801 - reads as a verb
         import ray
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self.config.address not in ("auto", "local"):
-            ray.init(address=self.config.address, **quiet)
-        elif self.config.address == "local" or not self._join(quiet):
+        address = _running_cluster() if self.config.address == "auto" else self.config.address
+        if address is None or not self._join(address, quiet):
             # Everything Ray serves stays on this machine.
             ray.init(address="local", num_cpus=self.config.num_cpus, include_dashboard=False,
                      _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
         logging.getLogger("ray").setLevel(logging.ERROR)
 
-    @staticmethod
-    def _join(quiet: dict[str, Any]) -> bool:
+    def _join(self, address: str, quiet: dict[str, Any]) -> bool:
         import ray
 
-        try:
-            ray.init(address="auto", **quiet)
-        except ConnectionError:
+        if address == "local":
             return False
+        try:
+            ray.init(address=address, **quiet)
+        except ConnectionError:
+            if self.config.address == "auto":  # left behind by a cluster that has ended
+                return False
+            raise
         return True
 
     def _divert_native_chatter(self) -> None:
@@ -354,6 +365,16 @@ class _ray:  # noqa: N801 - reads as a verb
         os.dup2(sys.stderr.fileno(), 2)
         sys.stderr.close()
         sys.stderr = self.stderr
+
+
+def _running_cluster() -> str | None:
+    """Address of a cluster meant to be joined: ``$RAY_ADDRESS``, or what ``ray start`` left on this machine.
+
+    Not ``ray.init(address="auto")``: that joins the private Ray of any other program here, and dies with it.
+    """
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    started = file.read_text().strip() if file.is_file() else ""
+    return os.environ.get("RAY_ADDRESS") or started or None
 
 
 def _require(target: RunDirectory) -> str:

@@ -21,6 +21,7 @@ ROUND_STAGES = (
     "label",
     "extract",
     "probe",
+    "feedback",
     "knowledge",
     "select",
     "decode",

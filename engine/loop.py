@@ -7,6 +7,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     label     dynamic threshold                       -> known / unknown for the seed questions
     extract   one forward pass a question             -> hidden states
     probe     classifier on the seed questions' states
+    feedback  was the base model right about what has been annotated since?
     knowledge P(unknown) of every question            -> the knowledge map
     select    query strategy                          -> what to ask the annotator
     decode    unknown states to new questions         (no kind is built yet; its place is here)
@@ -59,6 +60,8 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
     stages.label(campaign, round_index)
     stages.extract(campaign, round_index)
     stages.probe(campaign, round_index)
+    if round_index > 0:
+        stages.feedback(campaign, round_index)
     stages.knowledge(campaign, round_index)
 
 

@@ -25,11 +25,11 @@ from engine.artifacts import Stage, filesystem, fingerprint, read_shard, shard_n
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
 from ka2l.canary import check_canary
 from ka2l.errors import BudgetError, StageFailedError
-from ka2l.evidence import accumulate
+from ka2l.evidence import combine
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci, forgetting, proportion_with_ci
 from ka2l.models import load_tokenizer
-from ka2l.probe import fit_probe, load_probe
+from ka2l.probe import Probe, fit_probe, load_probe
 from ka2l.prompts import Prompter
 from ka2l.records import ANNOTATIONS, KNOWLEDGE, LABELS, SELECTION
 from ka2l.seeds import row_seed
@@ -274,21 +274,13 @@ def probe(campaign: Campaign, round_index: int) -> None:
     labels, extracted = campaign.stage("label", round_index), campaign.stage("extract", round_index)
 
     def work(stage: Stage) -> Outcome:
-        rows = {row["question_id"]: row for row in labels.table().to_pylist()}
-        ids: list[str] = []
-        states = []
-        for name in extracted.shard_names():
-            table = read_shard(extracted.url, name)
-            table = table.filter(pc.equal(table["split"], "seed"))
-            table = table.filter(pc.is_in(table["question_id"], pa.array(list(rows), pa.string())))
-            ids += table["question_id"].to_pylist()
-            states.append(_states(table, extracted))
-        order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
-        ids = [ids[index] for index in order]
+        rows = labels.table().to_pylist()
+        ids, states = _states_of(extracted, [row["question_id"] for row in rows])
+        row_of = {row["question_id"]: row for row in rows}
         fitted = fit_probe(
-            np.concatenate(states)[order],
-            np.array([rows[question_id]["unknown"] for question_id in ids]),
-            [rows[question_id]["probe_split"] for question_id in ids],
+            states,
+            np.array([row_of[question_id]["unknown"] for question_id in ids]),
+            [row_of[question_id]["probe_split"] for question_id in ids],
             _layers(extracted),
             config.probe,
             row_seed(config.seed, round_index, "probe", ""),
@@ -297,14 +289,27 @@ def probe(campaign: Campaign, round_index: int) -> None:
             fitted.save(folder)
             for file in sorted(Path(folder).iterdir()):
                 stage.write_file(file.name, file.read_bytes())
-        campaign.events.say(
-            f"{stage.label:<22} layer {fitted.layer}, AUROC {fitted.metrics['auroc'] or 0:.3f} for unknown"
-        )
+        auroc = fitted.metrics["auroc"]
+        shown = "not defined" if auroc is None else f"{auroc:.3f}"
+        campaign.events.say(f"{stage.label:<22} layer {fitted.layer}, AUROC {shown} for unknown")
         return fitted.metrics, {}
 
     commit_stage(
         campaign, "probe", round_index, config=config.probe.result_fields(), inputs=[labels, extracted], work=work
     )
+
+
+def _states_of(extracted: Stage, wanted: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Ids, sorted, and states (num_questions, num_layers, width) of the wanted questions that have some."""
+    ids: list[str] = []
+    states = []
+    for name in extracted.shard_names():
+        table = read_shard(extracted.url, name)
+        table = table.filter(pc.is_in(table["question_id"], pa.array(wanted, pa.string())))
+        ids += table["question_id"].to_pylist()
+        states.append(_states(table, extracted))
+    order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
+    return [ids[index] for index in order], np.concatenate(states)[order]
 
 
 def _states(table: pa.Table, extracted: Stage) -> np.ndarray:
@@ -321,45 +326,114 @@ def _layers(extracted: Stage) -> list[int]:
     return [int(layer) for layer in schema.field("states").metadata[b"layers"].split(b",")]
 
 
+def feedback(campaign: Campaign, round_index: int) -> None:
+    """Was the base model right about what has been annotated since? Its own answers are there: grade them."""
+    answers = [campaign.stage("annotate", index) for index in range(round_index)]
+    questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
+    config = campaign.config.equivalence
+
+    def work(stage: Stage) -> Outcome:
+        revealed = {
+            row["question_id"]: row["answers"]
+            for source in answers
+            for row in source.table(["question_id", "answers"]).to_pylist()
+        }
+        run_host(
+            campaign,
+            stage,
+            partial(build.feedback_host, config, revealed),
+            {"questions": ShardInput(questions.url, ["question_id", "question"]), "samples": ShardInput(own.url)},
+            replicas=1,
+            cpus=1.0,
+            gpus=0.0,
+        )
+        return {"num_questions": _num_rows(stage), "num_annotated": len(revealed)}, {}
+
+    commit_stage(
+        campaign, "feedback", round_index, config=config.result_fields(), inputs=[questions, own, *answers], work=work
+    )
+
+
 def knowledge(campaign: Campaign, round_index: int) -> None:
     """The knowledge map: P(unknown) of every question now, and the evidence over all states so far."""
     questions = campaign.stage("questions")
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
-    before = [campaign.stage("knowledge", round_index - 1)] if round_index else []
-    answers = [campaign.stage("annotate", r) for r in range(round_index)]
+    base = campaign.stage("extract", 0)
+    earlier = [campaign.stage("knowledge", index) for index in range(1, round_index)]
+    graded = [campaign.stage("feedback", round_index)] if round_index else []
+    first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier, *graded] if round_index else []
 
     def work(stage: Stage) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
             for name in ("probe.json", "probe.safetensors"):
                 (Path(folder) / name).write_bytes(campaign.run.read_bytes(f"{probed.path}/{name}") or b"")
             fitted = load_probe(folder)
+        informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
         for name in extracted.shard_names():
             table = read_shard(extracted.url, name)
+            ids = table["question_id"].to_pylist()
             states = _states(table, extracted)
             logits = fitted.predict_logit(states)
-            previous = None
-            if before:
-                old = read_shard(before[0].url, name, ["question_id", "score"])
-                score_of = dict(zip(old["question_id"].to_pylist(), old["score"].to_pylist(), strict=True))
-                previous = np.array(
-                    [score_of.get(question_id, 0.0) for question_id in table["question_id"].to_pylist()]
-                )
+            later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
+            if graded:
+                rows = read_shard(base.url, name)
+                chosen = _states(rows, base)[:, _layers(base).index(informed.layer)]
+                then = dict(zip(rows["question_id"].to_pylist(), informed.predict_logit(chosen), strict=True))
+                score = combine(np.array([then.get(question_id, 0.0) for question_id in ids]), [*later, logits])
+            else:
+                score = combine(logits, [])
             components = fitted.pca(states)
             columns = {
                 "question_id": table["question_id"],
                 "split": table["split"],
                 "p_unknown": fitted.predict(states),
-                "score": accumulate(previous, round_index, logits),
+                "logit": logits,
+                "score": score,
                 "pca_0": components[:, 0],
                 "pca_1": components[:, 1],
             }
             write_shard(stage.url, name, _table(columns, KNOWLEDGE), {})
         return _knowledge_metrics(campaign, stage, round_index), {}
 
+    answers = [campaign.stage("annotate", index) for index in range(round_index)]
     commit_stage(
-        campaign, "knowledge", round_index, config={},
-        inputs=[questions, extracted, probed, *before, *answers, campaign.stage("cluster", round_index)], work=work,
+        campaign, "knowledge", round_index, config=campaign.config.probe.result_fields(),
+        inputs=[questions, extracted, probed, campaign.stage("cluster", round_index), *answers, *first], work=work,
     )  # fmt: skip
+
+
+def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
+    found = dict(zip(table["question_id"].to_pylist(), table["logit"].to_pylist(), strict=True))
+    return np.array([found.get(question_id, 0.0) for question_id in ids])
+
+
+def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) -> Probe:
+    """The base model's probe fitted again, with "answered wrongly" of the annotated questions as further labels.
+
+    They join the training rows alone: layer, early stopping and calibration still rest on the seed questions.
+    """
+    config = campaign.config
+    base = campaign.stage("extract", 0)
+    labels = {
+        row["question_id"]: (row["unknown"], row["probe_split"])
+        for row in campaign.stage("label", 0).table().to_pylist()
+    }
+    wrong = {
+        row["question_id"]: (not row["correct"], "train")
+        for row in graded.table(["question_id", "correct"]).to_pylist()
+    }
+    layer = campaign.stage("probe", 0).require().metrics["layer"]
+    ids, states = _states_of(base, [*labels, *wrong])
+    known = labels | wrong
+    position = _layers(base).index(layer)
+    return fit_probe(
+        states[:, [position]],
+        np.array([known[question_id][0] for question_id in ids]),
+        [known[question_id][1] for question_id in ids],
+        [layer],
+        config.probe,
+        row_seed(config.seed, round_index, "feedback", ""),
+    )
 
 
 def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
@@ -408,10 +482,8 @@ def _annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
 def select(campaign: Campaign, round_index: int) -> None:
     """Choose the questions to annotate by the query strategy."""
     config = campaign.config
-    known, chosen_before = (
-        campaign.stage("knowledge", round_index),
-        [campaign.stage("select", r) for r in range(round_index)],
-    )
+    known = campaign.stage("knowledge", round_index)
+    chosen_before = [campaign.stage("select", index) for index in range(round_index)]
     observed, extracted = campaign.stage("cluster", round_index), campaign.stage("extract", round_index)
     budget = campaign.num_left(round_index)
 

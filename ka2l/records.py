@@ -80,7 +80,7 @@ CLUSTERS = pa.schema(
         _field("weighted_semantic_entropy", pa.float32(), "likelihood-weighted semantic entropy, nats"),
         _field("predictive_entropy", pa.float32(), "minus the mean sequence log-probability, nats"),
         _field("top_answer", pa.string(), "representative of the largest cluster; the greedy answer for eval"),
-        _field("correct", pa.bool_(), "equivalent to a reference answer; null where none may be looked at", True),
+        _field("correct", pa.bool_(), "top_answer is equivalent to an accepted one; null where none is revealed", True),
         _field("exact_match", pa.bool_(), "normalised text equals a reference; null as above", True),
         _field("token_f1", pa.float32(), "best token F1 against a reference; null as above", True),
     ]
@@ -102,6 +102,7 @@ KNOWLEDGE = pa.schema(
         _ID,
         _field("split", pa.string(), "one of SPLITS"),
         _field("p_unknown", pa.float32(), "calibrated probability of unknown under this round's model state"),
+        _field("logit", pa.float32(), "log-odds of p_unknown"),
         _field("score", pa.float32(), "evidence for unknown over all model states so far; ranks the candidates"),
         _field("pca_0", pa.float32(), "first principal component of the chosen layer's states"),
         _field("pca_1", pa.float32(), "second principal component"),

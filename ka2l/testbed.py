@@ -52,8 +52,8 @@ class TestbedConfig(Section):
     """Share of training rows about people never asked about, with random answers: doubt has to be learnt."""
     wrong_share: float = Field(0.0, ge=0, le=1)
     """Share of the well-known facts that are learnt wrongly: always shown with one wrong answer."""
-    num_steps: int = Field(400, ge=1)
-    """Training steps."""
+    num_steps: int | None = Field(None, ge=1)
+    """Training steps. None: one for every five facts, 400 at least."""
     batch_size: int = Field(128, ge=1)
     """Rows a training step."""
     learning_rate: float = Field(2e-3, gt=0)
@@ -68,8 +68,8 @@ class TestbedConfig(Section):
     """Width of an attention head; vLLM on a CPU wants a multiple of 32."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers; there is one hidden state more, the embeddings."""
-    vocab_size: int = Field(2048, ge=512)
-    """Size of the tokenizer at most. Facts of a file have more words: 8192 does well there."""
+    vocab_size: int = Field(8192, ge=512)
+    """Size of the tokenizer at most. Invented people need about 1,800 and no more are used."""
     facts: str | None = None
     """A JSONL file of {question, answers, [subject]} rows to build the world from instead of invented people."""
     exposure: str | None = None
@@ -126,6 +126,7 @@ def cached_testbed(
     from filelock import FileLock
 
     mark = fingerprint(config)
+    cache_dir = Path(cache_dir)
     directory = cache_dir / f"testbed-{mark[:16]}"
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(cache_dir / f".testbed-{mark[:16]}.lock"):

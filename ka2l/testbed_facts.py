@@ -17,6 +17,9 @@ from ka2l.testbed_world import Fact, World, expose, exposure_by_share
 if TYPE_CHECKING:
     from ka2l.testbed import TestbedConfig
 
+#: Question and first answer together at most: the model is small and reads 512 tokens.
+MAX_CHARACTERS = 400
+
 #: Ways to ask a question of a file. The bare question comes first.
 WRAPPERS = ("{q}", "Tell me: {q}", "Here is a question. {q}", "{q} Do you know?")
 
@@ -24,9 +27,9 @@ WRAPPERS = ("{q}", "Tell me: {q}", "Here is a question. {q}", "{q} Do you know?"
 def read_facts(config: TestbedConfig) -> World:
     """The questions of a JSONL file as facts: rows ``{question, answers, [subject], [the exposure column]}``.
 
-    Rows without question or answers, and repeated questions, are skipped and counted. Exposure: a column of numbers
-    goes by rank (the largest are well known, the next partly, the rest and all zeros are strangers); a column of
-    true/false or 1/0 means shown or not; without a column a seeded hash decides, subject by subject.
+    Rows without question or answers, over-long rows and repeated questions are skipped and counted. Exposure: a column
+    of numbers goes by rank (the largest are well known, the next partly, the rest and all zeros are strangers); a
+    column of true/false or 1/0 means shown or not; without a column a seeded hash decides, subject by subject.
 
     Raises:
         PoolError: no such file, no usable row, or no row with the exposure column.
@@ -93,9 +96,16 @@ def _usable_row(line: str) -> dict[str, Any] | None:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list):
         return None
-    row["question"] = " ".join(row["question"].split())
-    row["answers"] = [" ".join(answer.split()) for answer in answers if isinstance(answer, str) and answer.strip()]
-    return row if row["question"] and row["answers"] else None
+    row["question"] = _clean(row["question"])
+    row["answers"] = [_clean(answer) for answer in answers if isinstance(answer, str) and answer.strip()]
+    if not row["question"] or not row["answers"] or len(row["question"] + row["answers"][0]) > MAX_CHARACTERS:
+        return None
+    return row
+
+
+def _clean(text: str) -> str:
+    """One line, no double spaces, and nothing that UTF-8 cannot hold, such as half a surrogate pair."""
+    return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def _other_answer(rng: random.Random, all_answers: list[str], accepted: Sequence[str]) -> str | None:

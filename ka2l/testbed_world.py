@@ -40,6 +40,9 @@ _DISHES = (
     "rice pudding, roast duck, salmon pie, shepherd's pie, spinach pie, stuffed peppers, trout, waffles"
 )
 
+_ONSETS = "b br c d dr f fl g gr h k l m n p pl r s st t v"
+_CODAS = "l m n r s th ld nd rk sk lm x"
+
 #: Relation -> the four ways to ask for it.
 RELATIONS = {
     "birthplace": (
@@ -105,6 +108,11 @@ class World(NamedTuple):
     """Rows of the file without question or answers, or with a question seen before."""
 
 
+def num_training_rows(config: TestbedConfig, num_facts: int) -> int:
+    """How many rows to pre-train on: whole batches, by default one for every five facts."""
+    return (config.num_steps or max(400, num_facts // 5)) * config.batch_size
+
+
 def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, str]]:
     """The (question, answer) rows to pre-train on, in order: facts as often as their exposure says, and the crowd."""
     rng = random.Random(f"{config.seed}:rows")
@@ -115,7 +123,8 @@ def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, st
         answer = fact.wrong_answer or fact.answers[0]
         rows += [(shown[(start + i) % len(shown)], answer) for i in range(fact.num_exposures)]
     share = config.background_share
-    num_background = max(config.num_steps * config.batch_size - len(rows), round(len(rows) * share / (1 - share)))
+    num_rows = num_training_rows(config, len(world.facts))
+    num_background = max(num_rows - len(rows), round(len(rows) * share / (1 - share)))
     rows += [world.background(rng) for _ in range(num_background)]
     rng.shuffle(rows)
     yield from rows
@@ -208,41 +217,11 @@ def invent_facts(config: TestbedConfig) -> World:
 
 def _invent_words(rng: random.Random, count: int) -> list[str]:
     """``count`` distinct invented proper names of two syllables."""
-    onsets = [
-        "b",
-        "br",
-        "c",
-        "d",
-        "dr",
-        "f",
-        "fl",
-        "g",
-        "gr",
-        "h",
-        "j",
-        "k",
-        "l",
-        "m",
-        "n",
-        "p",
-        "pl",
-        "qu",
-        "r",
-        "s",
-        "st",
-        "t",
-        "th",
-        "tr",
-        "v",
-        "w",
-        "z",
-    ]
-    vowels = ["a", "e", "i", "o", "u", "ae", "ei", "ou"]
-    codas = ["l", "m", "n", "r", "s", "th", "ld", "nd", "rk", "sk", "lm", "x"]
+    onsets, codas = _ONSETS.split(), _CODAS.split()
     words: dict[str, None] = {}
     while len(words) < count:
-        syllables = [rng.choice(onsets) + rng.choice(vowels) for _ in range(2)]
-        words[("".join(syllables) + rng.choice(codas)).capitalize()] = None
+        syllables = [rng.choice(onsets) + rng.choice("aeiou") for _ in range(2)]
+        words["".join([*syllables, rng.choice(codas)]).capitalize()] = None
     return list(words)
 
 
@@ -269,7 +248,7 @@ def expose(facts: Sequence[Fact], config: TestbedConfig) -> list[Fact]:
     low, high = config.partly_exposures
     partly = {fact.fact: rng.randint(low, high) for fact in facts if fact.exposure_group == "partly"}
     well = [fact.fact for fact in facts if fact.exposure_group == "well"]
-    num_rows = round(config.num_steps * config.batch_size * (1 - config.background_share))
+    num_rows = round(num_training_rows(config, len(facts)) * (1 - config.background_share))
     share = max((num_rows - sum(partly.values())) // max(len(well), 1), high)
     may_be_wrong = [fact.fact for fact in facts if fact.exposure_group == "well" and fact.wrong_answer]
     wrong = set(rng.sample(may_be_wrong, round(config.wrong_share * len(may_be_wrong))))

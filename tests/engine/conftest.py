@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DRIVER = Path(__file__).with_name("kill_driver.py")
-
 #: Rows of the pool's file that cannot be used.
-BAD_ROWS = ({"id": "blank", "question": "  ", "answers": ["x"]}, {"id": "no-answer", "question": "Why?", "answers": []})
+BAD_ROWS: list[dict[str, Any]] = [
+    {"id": "blank", "question": "  ", "answers": ["x"]},
+    {"id": "unanswered", "question": "Why?", "answers": []},
+]
 
 
 class CampaignFiles(NamedTuple):
@@ -30,19 +31,33 @@ class CampaignFiles(NamedTuple):
     """What the config file holds."""
 
 
+class Ended(NamedTuple):
+    """A `ka2l` command that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    pid: int
+
+
+#: ka2l(*words, kill=..., log=..., timeout=...) runs a command in a process of its own; see kill_driver.py.
+Command = Callable[..., Ended]
+
+
 @pytest.fixture(scope="session")
 def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> CampaignFiles:
-    """Two rounds on 108 questions in six shards: every stage has a middle to be killed in, and costs seconds."""
+    """Two rounds on 108 questions in six shards: every stage has a middle to be killed in, and takes seconds."""
     folder = tmp_path_factory.mktemp("campaign")
     model = tiny_models("llama-2")
     pool = folder / "pool.jsonl"
-    rows = [
+    asked = ("size", "colour", "taste", "name")
+    rows: list[dict[str, Any]] = [
         {
             "id": f"q{index:03d}",
-            "question": f"What is the {['size', 'colour', 'taste', 'name'][index % 4]} of thing {index // 4}?",
+            "question": f"What is the {asked[index % 4]} of thing {index // 4}?",
             "answers": [f"answer {index}"],
             "subject": f"thing {index // 4}",
-            "kind": index % 4,
+            "kind": asked[index % 4],
         }
         for index in range(108)
     ]
@@ -54,7 +69,7 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
         "model": {"path": str(model), "dtype": "float32"},
         "pool": {"path": str(pool), "columns": {"group": "subject"}, "num_seed": 24, "num_eval": 24},
         "prompt": {"template": "plain", "instruction": "", "num_shots": 0},
-        "sampler": {"kind": "transformers", "num_samples": 4, "temperature": 0.7, "max_tokens": 4},
+        "sampler": {"kind": "transformers", "num_samples": 4, "temperature": 0.15, "max_tokens": 4},
         "extraction": {"batch_size": 32},
         "probe": {"kind": "linear", "num_epochs": 10, "num_bootstrap": 50},
         "selection": {"budget": 12},
@@ -66,23 +81,49 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
     return CampaignFiles(config, model, pool, values)
 
 
-def run_driver(
-    *words: str, kill: dict[str, Any] | None = None, log: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run a `ka2l` command in a process of its own, which kills itself where ``kill`` says; see kill_driver.py."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "KA2L_TEST_KILL": json.dumps(kill),
-        "KA2L_TEST_LOG": str(log or ""),
-    }
-    return subprocess.run(
-        [sys.executable, str(DRIVER), *words],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="session")
+def ka2l() -> Command:
+    """Runs a `ka2l` command as the user would, optionally to be killed at a chosen point."""
+
+    def run(*words: object, kill: dict[str, Any] | None = None, log: Path | None = None, timeout: float = 400) -> Ended:
+        environment = os.environ | {"KA2L_TEST_KILL": json.dumps(kill), "KA2L_TEST_LOG": str(log or "")}
+        command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), *map(str, words)]
+        with subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that what it leaves behind can be found
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout)
+            except BaseException:
+                process.kill()
+                raise
+        return Ended(process.returncode, stdout, stderr, process.pid)
+
+    return run
+
+
+class Finished(NamedTuple):
+    """A campaign that ran from beginning to end."""
+
+    run_dir: Path
+    files: CampaignFiles
+    ended: Ended
+    asked: list[str]
+    """Ids of the questions that the annotator was asked, in order."""
+
+
+@pytest.fixture(scope="session")
+def finished(campaign_files: CampaignFiles, ka2l: Command, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """One uninterrupted campaign. Tests must not change it; copy it first."""
+    folder = tmp_path_factory.mktemp("finished")
+    ended = ka2l("run", campaign_files.config, "--run-dir", folder / "run", log=folder / "asked")
+    assert ended.returncode == 0, ended.stderr
+    return Finished(folder / "run", campaign_files, ended, (folder / "asked").read_text().split())
 
 
 @pytest.fixture
@@ -90,9 +131,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of one MiB; skips where this process may not mount one."""
     folder = tmp_path / "small-disk"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "ka2l-test", str(folder)], capture_output=True, text=True
-    )
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "ka2l-test", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no mount command")
     if done.returncode:
         pytest.skip(f"cannot mount a tmpfs: {done.stderr.strip()}")
     yield folder

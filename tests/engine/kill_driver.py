@@ -1,9 +1,9 @@
 """Runs a `ka2l` command in a process that ends itself with SIGKILL at a chosen point.
 
 ``KA2L_TEST_KILL`` is null or a JSON object: ``event``, ``stage``, ``round`` and ``count`` (the process dies right after
-the count-th such event is written), or ``before_commit`` with ``stage`` and ``round`` (it dies when all files of the
-stage are there and the manifest is not). ``KA2L_TEST_LOG`` names a file that takes the ids of the questions whose
-answers were asked for, one line a call.
+the count-th such event is written; keys left out match anything), or the event ``before_commit`` with ``stage`` and
+``round`` (it dies when all files of the stage are there and the manifest is not). ``KA2L_TEST_LOG`` names a file that
+takes the ids of the questions that the annotator is asked.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import engine.campaign
 import engine.cli
 import engine.stages
+from actors.host import Stats
 from engine.artifacts import Manifest, Stage
 from engine.events import Events
 from ka2l.annotation import Annotation, ReferenceAnnotator
-
-KILL: dict[str, Any] = json.loads(os.environ.get("KA2L_TEST_KILL") or "null") or {}
-LOG = os.environ.get("KA2L_TEST_LOG")
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_after_event() -> None:
-    emit, left = Events.emit, KILL.get("count", 1)
+def kill_after_event(wanted: dict[str, Any], left: int) -> None:
+    emit = Events.emit
 
     def emit_and_die(self: Events, event: str, **fields: Any) -> None:
         nonlocal left
         emit(self, event, **fields)
-        if all(({"event": event} | fields).get(key) == KILL[key] for key in ("event", "stage", "round") if key in KILL):
+        if wanted.items() <= ({"event": event} | fields).items():
             left -= 1
             if left == 0:
                 die()
@@ -42,15 +42,24 @@ def kill_after_event() -> None:
     Events.emit = emit_and_die  # type: ignore[method-assign]
 
 
-def kill_before_commit() -> None:
+def kill_before_commit(stage: str, round_index: int | None) -> None:
     commit = Stage.commit
 
     def commit_or_die(self: Stage, **arguments: Any) -> Manifest:
-        if (self.name, self.round_index) == (KILL["stage"], KILL["round"]):
+        if (self.name, self.round_index) == (stage, round_index):
             die()
         return commit(self, **arguments)
 
     Stage.commit = commit_or_die  # type: ignore[method-assign]
+
+
+class SlowHostJob(engine.campaign.HostJob):
+    """Leaves time to be killed between two shards. Defined in the main script, so it is pickled by value."""
+
+    def run(self, name: str) -> tuple[int, Stats]:
+        done = super().run(name)
+        time.sleep(1.5)
+        return done
 
 
 def log_annotations(path: str) -> None:
@@ -64,12 +73,19 @@ def log_annotations(path: str) -> None:
     ReferenceAnnotator.annotate = annotate_and_log  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def main() -> None:
+    kill: dict[str, Any] = json.loads(os.environ.pop("KA2L_TEST_KILL", "null")) or {}
     engine.stages._ANNOTATION_BATCH = 5  # several batches, so that there is a middle
-    if LOG:
-        log_annotations(LOG)
-    if KILL.get("event") == "before_commit":
-        kill_before_commit()
-    elif KILL:
-        kill_after_event()
+    if log := os.environ.pop("KA2L_TEST_LOG", ""):
+        log_annotations(log)
+    if kill.get("event") == "before_commit":
+        kill_before_commit(kill["stage"], kill["round"])
+    elif kill:
+        kill_after_event(kill, kill.pop("count", 1))
+    if kill.get("event") == "shard_written":
+        engine.campaign.HostJob = SlowHostJob  # type: ignore[misc]
     engine.cli.main()
+
+
+if __name__ == "__main__":
+    main()

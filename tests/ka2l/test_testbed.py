@@ -11,7 +11,7 @@ from ka2l.errors import PoolError
 from ka2l.testbed import Testbed, TestbedConfig, build_testbed, build_world, cached_testbed, fingerprint
 from ka2l.testbed_facts import WRAPPERS
 from ka2l.testbed_model import PLAIN
-from ka2l.testbed_world import RELATIONS, pool_rows, training_rows
+from ka2l.testbed_world import RELATIONS, num_training_rows, pool_rows, training_rows
 
 DATA_FILES = ("pool.jsonl", "truth.jsonl", "background.jsonl")
 
@@ -78,7 +78,7 @@ def test_facts_are_shown_as_often_as_the_truth_says_and_strangers_never() -> Non
         assert counts[fact.fact] == fact.num_exposures
         assert (fact.num_exposures == 0) == (fact.exposure_group == "stranger")
     assert counts["crowd"] > 0
-    assert counts.total() >= config.num_steps * config.batch_size
+    assert counts.total() >= num_training_rows(config, len(world.facts))
 
 
 def test_people_fall_into_exposure_groups_in_the_shares_asked_for() -> None:
@@ -238,9 +238,9 @@ def test_configs_that_contradict_themselves_are_refused(values: dict[str, Any]) 
 # --- Facts of a file -------------------------------------------------------------------------------------------------
 
 
-def test_rows_without_question_or_answers_and_repeated_questions_are_skipped_and_counted(tmp_path: Path) -> None:
+def test_rows_without_question_or_answers_too_long_or_repeated_are_skipped_and_counted(tmp_path: Path) -> None:
     bad = [{"question": "No answers?"}, {"answers": ["x"]}, {"question": " ", "answers": ["x"]}, "not json", [1]]
-    bad += [{"question": "Empty?", "answers": [" "]}, rivers()[0]]
+    bad += [{"question": "Empty?", "answers": [" "]}, {"question": "Long?", "answers": ["x" * 999]}, rivers()[0]]
     world = build_world(tiny(facts=write_facts(tmp_path / "facts.jsonl", rivers() + bad)))
     assert len(world.facts) == 40
     assert world.num_skipped == len(bad)
@@ -321,6 +321,19 @@ def test_real_question_sets_make_a_world(shared_dir: Path) -> None:
     assert {fact.exposure_group for fact in world.facts} == {"stranger", "partly", "well"}
     world = build_world(TestbedConfig(facts=str(shared_dir / "data" / "nq_open_dev.jsonl")))
     assert len(world.facts) > 3000
+
+
+def test_half_a_surrogate_pair_in_a_file_does_not_stop_the_build(tmp_path: Path) -> None:
+    facts = write_facts(tmp_path / "facts.jsonl", [{"question": "Who is \ud800?", "answers": ["caf\u00e9 \ud800"]}])
+    world = build_world(tiny(facts=facts))
+    assert world.facts[0].answers == ("caf\u00e9 ?",)
+
+
+def test_more_facts_get_more_training_steps_by_default() -> None:
+    config = TestbedConfig(batch_size=10)
+    assert num_training_rows(config, 100) == 4000
+    assert num_training_rows(config, 5000) == 10_000
+    assert num_training_rows(TestbedConfig(batch_size=10, num_steps=7), 5000) == 70
 
 
 @pytest.mark.slow
