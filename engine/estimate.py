@@ -111,8 +111,8 @@ def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -
         made.append(Prediction(index, "probe", counts["seed"], 0, 0, 0, 0, rates.fit_s))
         annotated += wanted
         made.append(Prediction(index, "annotate", wanted, 0, 0, 0, wanted, 0.0))
-        rows = annotated + (counts["seed"] + rehearsed - annotated if config.tuning.rehearsal > 0 else 0)
-        steps = num_steps(config.tuning, rows)
+        left = counts["seed"] + rehearsed - annotated if config.tuning.rehearsal > 0 else 0
+        steps = num_steps(config.tuning, annotated, max(0, left))
         seconds = rates.tune_start_s + steps * rates.tune_s_per_step
         made.append(Prediction(index, "tune", steps, 0, 0, 0, 0, seconds))
     return made

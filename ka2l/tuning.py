@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import ConfigDict, Field
@@ -47,7 +49,7 @@ class TuningConfig(Section):
     learning_rate: float = Field(2e-4, gt=0.0)
     """Peak learning rate of AdamW."""
     num_epochs: float = Field(3.0, gt=0.0)
-    """Passes over the questions. A rehearsed question shows another of its samples in every pass."""
+    """Passes over the annotated questions, each with its share of rehearsed rows."""
     max_steps: int | None = Field(None, ge=1)
     """Optimiser steps; replaces ``num_epochs`` where given."""
     batch_size: int = Field(64, ge=1)
@@ -70,6 +72,9 @@ class TuningConfig(Section):
     """Recompute activations in the backward pass: less memory, about a quarter slower."""
     rehearsal: float = Field(1.0, ge=0.0, le=1.0)
     """Share of the candidates without annotation that are rehearsed with the model's own answers; 0: none."""
+    rehearsal_ratio: float = Field(1.0, gt=0.0)
+    """Rehearsed rows beside each annotated row. Rehearsed questions take turns, so a large pool does not drown the few
+    annotated answers of an early round."""
     rehearsal_labels: Literal["samples", "greedy"] = "samples"
     """Own answers to train on: ``samples`` keep the model's uncertainty as it is, ``greedy`` sharpens it."""
     num_rehearsal_samples: int = Field(10, ge=1)
@@ -100,9 +105,18 @@ def is_rehearsed(question_id: str, config: TuningConfig, seed: int) -> bool:
     return row_seed(seed, 0, "rehearsal", question_id) < config.rehearsal * 2**31
 
 
-def num_steps(config: TuningConfig, num_questions: int) -> int:
+def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
+    """Rows of one pass: annotated questions, and rehearsed ones by ``rehearsal_ratio`` (all, where none is annotated)."""
+    wanted = math.ceil(config.rehearsal_ratio * num_annotated) if num_annotated else num_rehearsed
+    return num_annotated + min(num_rehearsed, wanted)
+
+
+def num_steps(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
     """Optimiser steps that tuning on so many questions takes."""
-    return config.max_steps or math.ceil(config.num_epochs * num_questions / min(config.batch_size, num_questions))
+    rows = rows_per_pass(config, num_annotated, num_rehearsed)
+    return config.max_steps or math.ceil(
+        config.num_epochs * rows / min(config.batch_size, num_annotated + num_rehearsed)
+    )
 
 
 def completion(answer: str, chat: bool) -> str:
@@ -120,9 +134,9 @@ def training_rows(
 ) -> list[TrainingRow]:
     """All rows of a training run, in the order they are trained on.
 
-    The rows are ``num_epochs`` passes over the questions, each pass in a new order (or as many rows as ``max_steps``
-    batches hold). Every question is one row of every pass, so annotated and rehearsed questions weigh the same
-    whatever the number of own answers; pass p of a rehearsed question shows its p-th answer, in an order of its own.
+    The rows are ``num_epochs`` passes, each in a new order (or as many rows as ``max_steps`` batches hold). A pass
+    holds every annotated question once and rehearsed questions by ``config.rehearsal_ratio``; these take turns, and
+    each turn of a question shows the next of its own answers, in an order of its own.
 
     Args:
         annotations: (question_id, prompt, answer) of the annotated questions.
@@ -154,19 +168,31 @@ def training_rows(
         random.Random(row_seed(seed, 0, "training_rows", question_id)).shuffle(answers)
 
     # Sorted first: the caller's order, which may depend on how work was spread, must not change the result.
-    ids = sorted(questions)
+    annotated = sorted(name for name, (_, source, _) in questions.items() if source == "annotation")
+    rehearsed = sorted(questions.keys() - set(annotated))
+    per_pass = rows_per_pass(config, len(annotated), len(rehearsed))
     if config.max_steps is None:
-        num_rows = math.ceil(config.num_epochs * len(ids))
+        num_rows = math.ceil(config.num_epochs * per_pass)
     else:
-        num_rows = config.max_steps * min(config.batch_size, len(ids))
+        num_rows = config.max_steps * min(config.batch_size, len(questions))
+    turns = _turns(rehearsed, seed)
+    shown: Counter[str] = Counter()
     rows: list[TrainingRow] = []
-    for pass_index in range(math.ceil(num_rows / len(ids))):
-        order = random.Random(row_seed(seed, pass_index, "training_rows", "")).sample(ids, len(ids))
+    for pass_index in range(math.ceil(num_rows / per_pass)):
+        order = annotated + [next(turns) for _ in range(per_pass - len(annotated))]
+        random.Random(row_seed(seed, pass_index, "training_rows", "")).shuffle(order)
         for question_id in order[: num_rows - len(rows)]:
             prompt, source, answers = questions[question_id]
-            text = completion(answers[pass_index % len(answers)], chat)
+            text = completion(answers[shown[question_id] % len(answers)], chat)
+            shown[question_id] += 1
             rows.append(TrainingRow(prompt, text, source, question_id))
     return rows
+
+
+def _turns(ids: Sequence[str], seed: int) -> Iterator[str]:
+    """All ids again and again, each time in a new order."""
+    for turn in count():
+        yield from random.Random(row_seed(seed, turn, "rehearsal_turns", "")).sample(ids, len(ids))
 
 
 def tune(
@@ -213,7 +239,7 @@ def tune(
     else:
         model = new_adapter(base, config.adapter)
     num_questions = len({row.question_id for row in rows})
-    args = _trainer_arguments(config, num_questions, output_dir, seed)
+    args = _trainer_arguments(config, num_questions, len(dataset), output_dir, seed)
     watcher = _loss_watcher(progress)
     trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watcher])
     trainer.remove_callback(PrinterCallback)
@@ -300,13 +326,15 @@ def _tokenized(
     return Dataset.from_dict(columns), max(example_index, 0)
 
 
-def _trainer_arguments(config: TuningConfig, num_questions: int, output_dir: str, seed: int) -> SFTConfig:
+def _trainer_arguments(
+    config: TuningConfig, num_questions: int, num_rows: int, output_dir: str, seed: int
+) -> SFTConfig:
     from trl import SFTConfig
 
     world_size = _world_size()
     rows_per_worker = math.ceil(min(config.batch_size, num_questions) / world_size)
     accumulation = math.ceil(rows_per_worker / (config.micro_batch_size or rows_per_worker))
-    planned_steps = num_steps(config, num_questions)
+    planned_steps = config.max_steps or math.ceil(num_rows / min(config.batch_size, num_questions))
     return SFTConfig(
         output_dir=output_dir,
         per_device_train_batch_size=math.ceil(rows_per_worker / accumulation),

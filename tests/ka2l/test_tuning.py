@@ -22,6 +22,7 @@ from ka2l.tuning import (
     is_rehearsed,
     num_steps,
     prompt_token_ids,
+    rows_per_pass,
     training_rows,
     tune,
 )
@@ -60,28 +61,41 @@ def tune_briefly(model: str, tmp_path: Path, **fields: Any) -> TuneResult:
     num_annotated=st.integers(0, 5),
     num_answers=st.lists(st.integers(1, 7), max_size=6),
     num_epochs=st.integers(1, 12),
+    ratio=st.sampled_from([0.5, 1.0, 3.0]),
     seed=st.integers(0, 3),
 )
 @settings(deadline=None)
-def test_every_question_is_one_row_of_every_pass_whatever_its_number_of_own_answers(
-    num_annotated: int, num_answers: list[int], num_epochs: int, seed: int
+def test_a_pass_holds_every_annotated_question_once_and_rehearsed_ones_in_turn(
+    num_annotated: int, num_answers: list[int], num_epochs: int, ratio: float, seed: int
 ) -> None:
     annotations = [(f"a{i}", f"A{i}:", "yes") for i in range(num_annotated)]
     rehearsal = [(f"r{i}", f"R{i}:", [f"own {k}" for k in range(n)]) for i, n in enumerate(num_answers)]
-    config = TuningConfig(num_epochs=num_epochs)
-    num_questions = len(annotations) + len(rehearsal)
-    if num_questions == 0:
+    config = TuningConfig(num_epochs=num_epochs, rehearsal_ratio=ratio)
+    if not annotations and not rehearsal:
         with pytest.raises(AnnotationError, match="nothing to train on"):
             training_rows(annotations, rehearsal, config, seed, chat=False)
         return
     rows = training_rows(annotations, rehearsal, config, seed, chat=False)
-    for start in range(0, len(rows), num_questions):
-        assert len({row.question_id for row in rows[start : start + num_questions]}) == num_questions
-    assert set(Counter(row.question_id for row in rows).values()) == {num_epochs}
+    per_pass = rows_per_pass(config, len(annotations), len(rehearsal))
+    assert len(rows) == num_epochs * per_pass
+    for start in range(0, len(rows), per_pass):
+        ids = [row.question_id for row in rows[start : start + per_pass]]
+        assert {f"a{i}" for i in range(num_annotated)} <= set(ids)
+        assert sum(name.startswith("r") for name in ids) == per_pass - num_annotated
+    turns = Counter(row.question_id for row in rows)
+    rehearsed_turns = [turns[f"r{i}"] for i in range(len(num_answers))]
+    assert not rehearsed_turns or max(rehearsed_turns) - min(rehearsed_turns) <= 1
     for i, n in enumerate(num_answers):
         shown = Counter(row.completion for row in rows if row.question_id == f"r{i}")
-        assert len(shown) == min(n, num_epochs)
-        assert max(shown.values()) - min(shown.values()) <= 1
+        assert len(shown) == min(n, turns[f"r{i}"])
+        assert not shown or max(shown.values()) - min(shown.values()) <= 1
+
+
+def test_rehearsed_rows_do_not_outnumber_the_annotated_ones_beyond_the_ratio() -> None:
+    assert rows_per_pass(TuningConfig(), num_annotated=250, num_rehearsed=1650) == 500
+    assert rows_per_pass(TuningConfig(rehearsal_ratio=2.0), num_annotated=250, num_rehearsed=1650) == 750
+    assert rows_per_pass(TuningConfig(), num_annotated=1500, num_rehearsed=400) == 1900
+    assert rows_per_pass(TuningConfig(), num_annotated=0, num_rehearsed=40) == 40
 
 
 def test_rows_do_not_depend_on_the_order_in_which_questions_arrive() -> None:
@@ -121,10 +135,11 @@ def test_an_empty_annotated_answer_is_an_error_that_names_the_question() -> None
 
 
 def test_steps_follow_from_passes_or_are_given() -> None:
-    assert num_steps(TuningConfig(num_epochs=3), 100) == 5
-    assert num_steps(TuningConfig(num_epochs=3), 20) == 3
+    assert num_steps(TuningConfig(num_epochs=3), 50, 50) == 5
+    assert num_steps(TuningConfig(num_epochs=3), 20, 0) == 3
+    assert num_steps(TuningConfig(num_epochs=3), 64, 1000) == 6
     config = TuningConfig(max_steps=7, batch_size=8)
-    assert num_steps(config, 100) == 7
+    assert num_steps(config, 100, 0) == 7
     assert len(training_rows(FACTS, [], config, 0, chat=False)) == 56
 
 
