@@ -69,7 +69,8 @@ def map_shards(
             _Worker,
             fn_constructor_kwargs={"job": job, "log_path": log_path},
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(replicas, len(names))),
+            # One shard at a time: no shard waits behind a busy worker while another is idle.
+            compute=ray.data.ActorPoolStrategy(size=min(replicas, len(names)), max_tasks_in_flight_per_actor=1),
             num_cpus=cpus,
             num_gpus=gpus or None,
         )

@@ -67,7 +67,7 @@ class TuningConfig(Section):
     max_length: int = Field(512, ge=2)
     """Tokens of a prompt with its answer. Longer rows are left out and counted, never cut."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto``: bfloat16 on GPUs that have it, float32 elsewhere."""
+    """Of the products: ``auto`` is bfloat16 on GPUs and CPUs that multiply it themselves, float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter slower."""
     rehearsal: float = Field(1.0, ge=0.0, le=1.0)
@@ -106,7 +106,7 @@ def is_rehearsed(question_id: str, config: TuningConfig, seed: int) -> bool:
 
 
 def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
-    """Rows of one pass: annotated questions, and rehearsed ones by ``rehearsal_ratio`` (all, where none is annotated)."""
+    """Rows of one pass: annotated questions, and rehearsed ones by ``rehearsal_ratio`` (all, without annotations)."""
     wanted = math.ceil(config.rehearsal_ratio * num_annotated) if num_annotated else num_rehearsed
     return num_annotated + min(num_rehearsed, wanted)
 
@@ -418,12 +418,20 @@ def _uses_bfloat16(config: TuningConfig) -> bool:
     import torch
 
     if config.dtype == "auto":
-        return _use_gpu(config) and torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported()) if _use_gpu(config) else _cpu_has_bfloat16()
     return config.dtype == "bfloat16"
 
 
+def _cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself; elsewhere it is emulated and slower than float32."""
+    import torch
+
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
 def _weights_dtype(config: TuningConfig) -> str:
-    return "bfloat16" if _uses_bfloat16(config) else "float32"
+    # On CPUs bfloat16 only speeds up the products (autocast); memory is no reason to round the base model's weights.
+    return "bfloat16" if _uses_bfloat16(config) and _use_gpu(config) else "float32"
 
 
 def _world_size() -> int:

@@ -34,6 +34,8 @@ class Job:
     kill: bool = False
     """The worker that is given the third shard dies, the first time."""
     pause_s: float = 0.0
+    num_workers: int = 1
+    """No shard is finished before so many workers have opened the job."""
 
     def open(self) -> None:
         print("opening a model")
@@ -43,6 +45,9 @@ class Job:
 
     def run(self, name: str) -> tuple[int, Stats]:
         time.sleep(self.pause_s)
+        deadline = time.monotonic() + 120.0
+        while self.num_opened() < self.num_workers and time.monotonic() < deadline:
+            time.sleep(0.05)
         if name == NAMES[2]:
             if self.fail_run is not None:
                 raise self.fail_run
@@ -69,7 +74,7 @@ def test_every_shard_is_made_once_and_the_job_is_opened_once_a_worker(tmp_path: 
 
 
 def test_replicas_share_the_shards(tmp_path: Path) -> None:
-    job = Job(tmp_path, pause_s=0.3)
+    job = Job(tmp_path, num_workers=2)
     assert sorted(shard.name for shard in run(job, replicas=2)) == NAMES
     assert job.num_opened() == 2
     assert len({(tmp_path / f"made-{name}").read_text() for name in NAMES}) == 2
