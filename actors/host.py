@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
+
+from ka2l.errors import ResourcesBusyError
 
 #: What making a shard took: seconds, tokens, forward passes ... summed over shards by the driver.
 Stats = dict[str, float]
@@ -41,3 +44,28 @@ def redirect_output(log_path: str | None) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def wait_for_gpu_memory(share: float, timeout_s: float = 120.0) -> None:
+    """Wait until ``share`` of this process's first GPU is free; no-op without one.
+
+    Ray gives a GPU to the next worker as soon as the last one is told to end; its memory comes free a little later.
+
+    Raises:
+        ResourcesBusyError: still taken after ``timeout_s`` seconds.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    deadline = time.monotonic() + timeout_s
+    while True:
+        free, total = torch.cuda.mem_get_info()
+        if free >= share * total:
+            return
+        if time.monotonic() > deadline:
+            raise ResourcesBusyError(
+                f"{free / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB are free, {share:.0%} are wanted",
+                hint="See nvidia-smi for who holds it; end that, or lower sampler.gpu_memory_utilization.",
+            )
+        time.sleep(0.5)

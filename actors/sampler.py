@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from actors.host import Stats
+from actors.host import Stats, wait_for_gpu_memory
 from ka2l.canary import check_canary
 from ka2l.errors import ModelError
 from ka2l.models import max_model_len
@@ -36,6 +36,7 @@ class VLLMSampler:
         trust_remote_code: bool = False,
     ) -> None:
         prepare_environment(config)
+        wait_for_gpu_memory(config.gpu_memory_utilization)
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 

@@ -107,6 +107,14 @@ def ka2l() -> Command:
     return run
 
 
+@pytest.fixture(scope="session")
+def on_cluster(ray_session: None) -> list[str]:
+    """Options that make a command join a Ray that is already there, which saves its start."""
+    import ray
+
+    return ["--set", f"ray.address={ray.get_runtime_context().gcs_address}"]
+
+
 class Finished(NamedTuple):
     """A campaign that ran from beginning to end."""
 

@@ -198,11 +198,13 @@ def test_a_stage_that_is_not_there_cannot_be_made_again(
 
 
 @slow
-def test_a_pool_without_a_usable_row_says_why_and_where_to_look(write_config: Any, ka2l: Any, tmp_path: Path) -> None:
+def test_a_pool_without_a_usable_row_says_why_and_where_to_look(
+    write_config: Any, ka2l: Any, tmp_path: Path, on_cluster: list[str]
+) -> None:
     pool = tmp_path / "pool.jsonl"
     pool.write_text(json.dumps({"question": " ", "answers": ["x"], "subject": "s"}) + "\n" + "not JSON\n")
     run_dir = tmp_path / "run"
-    ended = ka2l("run", write_config(pool={"path": str(pool)}), "--run-dir", run_dir)
+    ended = ka2l("run", write_config(pool={"path": str(pool)}), "--run-dir", run_dir, *on_cluster)
     message = check(ended.returncode, ended.stderr)
     assert f"the pool '{pool}' has no usable row" in message
     assert f"{run_dir}/quarantine.parquet" in message
@@ -213,10 +215,10 @@ def test_a_pool_without_a_usable_row_says_why_and_where_to_look(write_config: An
 
 @slow
 def test_a_budget_larger_than_the_pool_is_refused_before_anything_is_sampled(
-    write_config: Any, ka2l: Any, tmp_path: Path
+    write_config: Any, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
     config = write_config(selection={"budget": 31})
-    ended = ka2l("run", config, "--run-dir", tmp_path / "run")
+    ended = ka2l("run", config, "--run-dir", tmp_path / "run", *on_cluster)
     message = check(ended.returncode, ended.stderr)
     assert "the budget of 62 annotations (2 rounds x 31) is larger than the pool's 60 candidates" in message
     assert "selection.budget" in message
@@ -226,7 +228,7 @@ def test_a_budget_larger_than_the_pool_is_refused_before_anything_is_sampled(
 @slow
 @pytest.mark.parametrize("stage", ["pool/questions", "round-000/extract", "round-001/tune"])
 def test_a_damaged_committed_file_stops_the_run_and_is_left_as_it_is(
-    stage: str, finished: Any, ka2l: Any, tmp_path: Path
+    stage: str, finished: Any, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(finished.run_dir, run_dir)
@@ -235,7 +237,7 @@ def test_a_damaged_committed_file_stops_the_run_and_is_left_as_it_is(
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     before = contents(run_dir)
-    ended = ka2l("resume", run_dir)
+    ended = ka2l("resume", run_dir, *on_cluster)
     message = check(ended.returncode, ended.stderr)
     assert f"{victim} does not have the checksum in its manifest" in message
     assert f"--redo-from {stage.split('/')[1]}" in message
@@ -246,18 +248,20 @@ def test_a_damaged_committed_file_stops_the_run_and_is_left_as_it_is(
 @slow
 @pytest.mark.timeout(900)
 def test_a_full_disk_stops_the_run_and_resume_goes_on_once_there_is_space(
-    campaign_files: Any, finished: Any, ka2l: Any, small_disk: Path
+    campaign_files: Any, finished: Any, ka2l: Any, small_disk: Path, on_cluster: list[str]
 ) -> None:
     run_dir = small_disk / "run"
     at_end = {"event": "stage_committed", "stage": "questions"}
-    assert ka2l("run", campaign_files.config, "--run-dir", run_dir, kill=at_end).returncode == -signal.SIGKILL
+    assert (
+        ka2l("run", campaign_files.config, "--run-dir", run_dir, *on_cluster, kill=at_end).returncode == -signal.SIGKILL
+    )
     before = contents(run_dir)
     # Room for the plan of the next stage and for a few of its six shards, which workers write.
     with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
     os.truncate(small_disk / "filler", (small_disk / "filler").stat().st_size - 5 * 4096)
-    ended = ka2l("resume", run_dir)
+    ended = ka2l("resume", run_dir, *on_cluster)
     message = check(ended.returncode, ended.stderr)
     assert f"no space left while writing {run_dir}/round-000/observe/part-" in message
     assert "ka2l resume" in message
@@ -267,6 +271,6 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on_once_there_is_space(
 
     (small_disk / "filler").unlink()
     observed = {"event": "stage_committed", "stage": "observe"}
-    assert ka2l("resume", run_dir, kill=observed).returncode == -signal.SIGKILL
+    assert ka2l("resume", run_dir, *on_cluster, kill=observed).returncode == -signal.SIGKILL
     ours, theirs = (RunDirectory(path).stage("observe", 0).table() for path in (run_dir, finished.run_dir))
     assert ours.equals(theirs)

@@ -187,7 +187,7 @@ def test_status_and_report_read_files_only(copy: Path, ka2l: Any) -> None:
 
 
 def test_a_finished_run_makes_nothing_again_wherever_it_lies_and_however_many_workers_there_are(
-    copy: Path, finished: Any, ka2l: Any, tmp_path: Path
+    copy: Path, finished: Any, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
     """Its pool may even be gone, and its model have moved."""
     before = committed(copy)
@@ -204,7 +204,7 @@ def test_a_finished_run_makes_nothing_again_wherever_it_lies_and_however_many_wo
         "probe.device": "cpu",
     }
     sets = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    ended = ka2l("resume", copy, *sets)
+    ended = ka2l("resume", copy, *sets, *on_cluster)
     assert ended.returncode == 0, ended.stderr
     assert committed(copy) == before
     events = [event["event"] for event in read_events(RunDirectory(copy))]
@@ -212,9 +212,11 @@ def test_a_finished_run_makes_nothing_again_wherever_it_lies_and_however_many_wo
     assert yaml.safe_load((copy / "config.yaml").read_text())["sampler"]["replicas"] == 2
 
 
-def test_a_change_that_would_change_results_is_refused_with_the_difference(copy: Path, ka2l: Any) -> None:
+def test_a_change_that_would_change_results_is_refused_with_the_difference(
+    copy: Path, ka2l: Any, on_cluster: list[str]
+) -> None:
     before, config = committed(copy), (copy / "config.yaml").read_text()
-    ended = ka2l("resume", copy, "--set", "probe.kind=mlp")
+    ended = ka2l("resume", copy, "--set", "probe.kind=mlp", *on_cluster)
     assert ended.returncode == 2
     message = " ".join(ended.stderr.split())
     assert "round-000/probe" in message
@@ -225,8 +227,10 @@ def test_a_change_that_would_change_results_is_refused_with_the_difference(copy:
     assert (copy / "config.yaml").read_text() == config
 
 
-def test_another_seed_or_model_precision_is_refused_from_the_first_stage_on(copy: Path, ka2l: Any) -> None:
-    ended = ka2l("resume", copy, "--set", "seed=1", "--set", "model.dtype=bfloat16")
+def test_another_seed_or_model_precision_is_refused_from_the_first_stage_on(
+    copy: Path, ka2l: Any, on_cluster: list[str]
+) -> None:
+    ended = ka2l("resume", copy, "--set", "seed=1", "--set", "model.dtype=bfloat16", *on_cluster)
     assert ended.returncode == 2
     message = " ".join(ended.stderr.split())
     assert "run.seed was 0, now 1" in message
@@ -234,9 +238,9 @@ def test_another_seed_or_model_precision_is_refused_from_the_first_stage_on(copy
 
 
 @pytest.mark.timeout(900)
-def test_a_stage_and_all_after_it_can_be_made_again(copy: Path, ka2l: Any) -> None:
+def test_a_stage_and_all_after_it_can_be_made_again(copy: Path, ka2l: Any, on_cluster: list[str]) -> None:
     before = committed(copy)
-    ended = ka2l("resume", copy, "--redo-from", "tune", "--round", "1")
+    ended = ka2l("resume", copy, "--redo-from", "tune", "--round", "1", *on_cluster)
     assert ended.returncode == 0, ended.stderr
     after = committed(copy)
     assert after.keys() == before.keys()
@@ -257,10 +261,10 @@ def read_rows(files: dict[str, bytes], prefix: str) -> pa.Table:
 
 @pytest.mark.timeout(900)
 def test_a_probe_run_maps_the_pool_and_annotates_nothing(
-    finished: Any, run: RunDirectory, ka2l: Any, tmp_path: Path
+    finished: Any, run: RunDirectory, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
     probed = tmp_path / "probe"
-    ended = ka2l("probe", finished.files.config, "--run-dir", probed, log=tmp_path / "asked")
+    ended = ka2l("probe", finished.files.config, "--run-dir", probed, *on_cluster, log=tmp_path / "asked")
     assert ended.returncode == 0, ended.stderr
     assert not (tmp_path / "asked").exists()
     made = RunDirectory(probed)
@@ -283,7 +287,7 @@ def test_a_probe_run_maps_the_pool_and_annotates_nothing(
 
 @pytest.mark.timeout(900)
 def test_answers_of_questions_that_were_not_selected_change_nothing(
-    finished: Any, run: RunDirectory, ka2l: Any, tmp_path: Path
+    finished: Any, run: RunDirectory, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
     """The same campaign on a pool in which every answer that it may not look at is poison."""
     splits = {row["question_id"]: row["split"] for row in run.stage("questions").table().to_pylist()}
@@ -297,7 +301,8 @@ def test_answers_of_questions_that_were_not_selected_change_nothing(
     pool = tmp_path / "pool.jsonl"
     pool.write_text("".join(lines))
     at_end = {"event": "stage_committed", "stage": "tune", "round": 0}
-    ended = ka2l("run", finished.files.config, "--set", f"pool.path={pool}", "--run-dir", tmp_path / "run", kill=at_end)
+    words = ["run", finished.files.config, "--set", f"pool.path={pool}", "--run-dir", tmp_path / "run"]
+    ended = ka2l(*words, *on_cluster, kill=at_end)
     assert ended.returncode < 0, ended.stderr
     poisoned = RunDirectory(tmp_path / "run")
     for name in ("observe", "cluster", "label", "extract", "knowledge", "select"):

@@ -100,13 +100,15 @@ def committed_folders(run_dir: Path) -> set[str]:
     return {stage.label for stage in committed_stages(RunDirectory(run_dir))}
 
 
-def survive(ka2l: Any, run_dir: Path, first: list[Any], kills: list[dict[str, Any]], log: Path) -> None:
+def survive(
+    ka2l: Any, run_dir: Path, first: list[Any], kills: list[dict[str, Any]], log: Path, *, options: list[str]
+) -> None:
     """Run a command; kill and resume it at one point after the other; then let it finish."""
     sessions: list[tuple[float, int]] = []
     words = first
     for kill in [*kills, None]:
         before, committed = fingerprints(run_dir), committed_folders(run_dir)
-        ended = ka2l(*words, kill=kill, log=log)
+        ended = ka2l(*words, *options, kill=kill, log=log)
         where = f"killed at {kill}"
         if kill is None:
             assert ended.returncode == 0, ended.stderr
@@ -202,26 +204,27 @@ def check_equal(run_dir: Path, reference: Path, rounds: range) -> None:
             assert all((tensors[0][key] - tensors[1][key]).abs().max() < 1e-6 for key in tensors[0])
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_run_killed_in_the_middle_of_every_stage_ends_as_if_it_had_not_been(
     finished: Any, ka2l: Any, tmp_path: Path
 ) -> None:
+    """Its Ray was started by it, and dies with it."""
     run_dir, log = tmp_path / "run", tmp_path / "asked"
-    survive(ka2l, run_dir, ["run", finished.files.config, "--run-dir", run_dir], MIDDLES, log)
+    survive(ka2l, run_dir, ["run", finished.files.config, "--run-dir", run_dir], MIDDLES, log, options=[])
     check_history(run_dir)
     check_reveals(run_dir, log.read_text().split())
     check_equal(run_dir, finished.run_dir, range(3))
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_a_run_killed_at_the_end_of_every_stage_ends_as_if_it_had_not_been(
-    finished: Any, ka2l: Any, tmp_path: Path
+    finished: Any, ka2l: Any, tmp_path: Path, on_cluster: list[str]
 ) -> None:
-    """The first round is taken from the uninterrupted run, as if killed between two rounds."""
+    """On a cluster that outlives it. The first round is the uninterrupted run's, as if killed between two rounds."""
     run_dir, log = tmp_path / "run", tmp_path / "asked"
     shutil.copytree(finished.run_dir, run_dir, ignore=shutil.ignore_patterns("round-001", "round-002", "*.html"))
     (run_dir / "events.jsonl").unlink()
-    survive(ka2l, run_dir, ["resume", run_dir], ENDS, log)
+    survive(ka2l, run_dir, ["resume", run_dir], ENDS, log, options=on_cluster)
     check_history(run_dir)
     check_reveals(run_dir, log.read_text().split())
     check_equal(run_dir, finished.run_dir, range(3))
