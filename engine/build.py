@@ -47,9 +47,18 @@ def sampler(model: ModelConfig, config: SamplerConfig, adapter: str | None = Non
         case kind:
             factory = plugin(kind)
     made: Sampler = factory(
-        model.path, config, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code
+        model.path,
+        config,
+        dtype=_dtype(model, config.gpus_per_replica),
+        adapter=adapter,
+        trust_remote_code=model.trust_remote_code,
     )
     return made
+
+
+def _dtype(model: ModelConfig, gpus: float) -> str:
+    """``auto`` is float32 on CPUs, for every engine alike: vLLM and transformers would differ on a bfloat16 checkpoint."""
+    return "float32" if model.dtype == "auto" and gpus == 0 else model.dtype
 
 
 def sampler_host(
@@ -77,7 +86,11 @@ def extractor_host(
 
     set_num_threads(config.cpus_per_replica)
     extractor = HiddenStateExtractor(
-        model.path, config, dtype=model.dtype, adapter=adapter, trust_remote_code=model.trust_remote_code
+        model.path,
+        config,
+        dtype=_dtype(model, config.gpus_per_replica),
+        adapter=adapter,
+        trust_remote_code=model.trust_remote_code,
     )
     return ExtractorHost(extractor, Prompter(load_tokenizer(model), prompt), config)
 
