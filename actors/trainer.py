@@ -19,6 +19,7 @@ from typing import Any, cast
 import ray
 
 from actors.host import redirect_output, set_num_threads
+from actors.shards import original_error
 from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
 from ka2l.tuning import TuningConfig
@@ -113,13 +114,30 @@ def run_training(
     return result.return_value
 
 
+def run_canary(arguments: dict[str, Any], *, cpus: float, gpus: float, log_path: str | None) -> dict[str, Any]:
+    """`ka2l.canary.canary` in a process of its own.
+
+    Raises:
+        KA2LError: as `canary` raised it.
+        StageFailedError: the process died.
+    """
+    try:
+        remote = _canary.options(num_cpus=cpus, num_gpus=gpus)
+        result: dict[str, Any] = ray.get(remote.remote(log_path, arguments))
+    except ray.exceptions.RayError as error:
+        found = original_error(error)
+        if isinstance(found, KA2LError):
+            raise found from error
+        raise StageFailedError(f"the canary could not run: {_first_line(error)}") from error
+    return result
+
+
 @ray.remote
-def run_canary(log_path: str | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`ka2l.canary.canary` in a process of its own; give it resources with ``run_canary.options(...)``."""
+def _canary(log_path: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
     from ka2l.canary import canary
 
     redirect_output(log_path)
-    return canary(**kwargs)
+    return canary(**arguments)
 
 
 def _fit(trainer: Any, config: TuningConfig, log: Path) -> Any:

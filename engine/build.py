@@ -57,7 +57,7 @@ def sampler(model: ModelConfig, config: SamplerConfig, adapter: str | None = Non
 
 
 def _dtype(model: ModelConfig, gpus: float) -> str:
-    """``auto`` is float32 on CPUs, for every engine alike: vLLM and transformers would differ on a bfloat16 checkpoint."""
+    """``auto`` is float32 on CPUs for every engine: vLLM and transformers would differ on a bfloat16 checkpoint."""
     return "float32" if model.dtype == "auto" and gpus == 0 else model.dtype
 
 

@@ -21,9 +21,9 @@ running a finished run again does nothing and running a killed one goes on where
 from __future__ import annotations
 
 from engine import stages
+from engine.campaign import Campaign
 from engine.ledger import write_ledger
 from engine.report import write_report
-from engine.stages import Campaign
 
 
 def run(campaign: Campaign) -> None:

@@ -119,8 +119,7 @@ def test_workers_that_find_no_room_are_an_error_that_says_so(
 
 @pytest.mark.slow
 def test_canary_runs_in_its_own_process_and_raises_its_own_errors(llama: str, tmp_path: Path) -> None:
-    import ray
 
     arguments = {"model_path": llama, "adapter_dir": str(tmp_path / "none"), "prompts": ["A:"], "chat": False}
     with pytest.raises(ModelError, match="adapter_config"):
-        ray.get(run_canary.remote(str(tmp_path / "canary.log"), arguments))
+        run_canary(arguments, cpus=1.0, gpus=0.0, log_path=str(tmp_path / "canary.log"))

@@ -1,0 +1,22 @@
+"""One function a stage: committed tables in, one committed table out. ``engine/loop.py`` calls them in order."""
+
+from engine.stages.choosing import annotate, select
+from engine.stages.knowing import feedback, knowledge, label, probe
+from engine.stages.observing import cluster, extract, observe
+from engine.stages.pool import check_budget, pool
+from engine.stages.tuning import tune
+
+__all__ = [
+    "annotate",
+    "check_budget",
+    "cluster",
+    "extract",
+    "feedback",
+    "knowledge",
+    "label",
+    "observe",
+    "pool",
+    "probe",
+    "select",
+    "tune",
+]

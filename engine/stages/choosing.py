@@ -1,0 +1,119 @@
+"""What is asked, and who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine import build
+from engine.artifacts import Stage, read_shard, shard_name, write_shard
+from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stages.tables import (
+    layers_of,
+    make_table,
+    num_rows,
+    shard_states,
+)
+from ka2l.records import ANNOTATIONS, SELECTION
+from ka2l.seeds import row_seed
+from ka2l.selection import Candidates
+from ka2l.selection import select as select_candidates
+
+_ANNOTATION_BATCH = 256
+
+
+def select(campaign: Campaign, round_index: int) -> None:
+    """Choose the questions to annotate by the query strategy."""
+    config = campaign.config
+    known = campaign.stage("knowledge", round_index)
+    chosen_before = [campaign.stage("select", index) for index in range(round_index)]
+    observed, extracted = campaign.stage("cluster", round_index), campaign.stage("extract", round_index)
+    budget = campaign.num_left(round_index)
+
+    def work(stage: Stage) -> Outcome:
+        # Whatever was asked before is not asked again, even where the annotator refused it.
+        taken = {name for chosen in chosen_before for name in chosen.table(["question_id"])["question_id"].to_pylist()}
+        table = known.table(["question_id", "split", "score", "p_unknown"])
+        table = table.filter(pc.equal(table["split"], "candidate"))
+        rows = [row for row in table.to_pylist() if row["question_id"] not in taken]
+        ids = [row["question_id"] for row in rows]
+        candidates = Candidates(
+            question_ids=ids,
+            score=np.array([row["score"] for row in rows]),
+            p_unknown=np.array([row["p_unknown"] for row in rows]),
+            entropy=_entropies(observed, ids) if config.selection.kind == "semantic_entropy" else None,
+            states=_chosen_states(campaign, extracted, round_index, ids)
+            if config.selection.kind == "probe_diverse"
+            else None,
+        )
+        wanted = config.selection.model_copy(update={"budget": min(budget, len(ids))})
+        chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""))
+        columns = {
+            "question_id": [ids[index] for index in chosen.indices],
+            "rank": np.arange(len(chosen.indices)),
+            "score": chosen.scores,
+            "strategy": [config.selection.kind] * len(chosen.indices),
+        }
+        write_shard(stage.url, shard_name(0), make_table(columns, SELECTION), {})
+        return {"strategy": config.selection.kind, "num_selected": len(chosen.indices), "num_candidates": len(ids)}, {}
+
+    commit_stage(
+        campaign, "select", round_index, config=config.selection.result_fields() | {"budget": budget},
+        inputs=[known, *chosen_before, observed, extracted], work=work,
+    )  # fmt: skip
+
+
+def _entropies(clusters: Stage, ids: Sequence[str]) -> np.ndarray:
+    table = clusters.table(["question_id", "purpose", "semantic_entropy"])
+    table = table.filter(pc.equal(table["purpose"], "probe"))
+    found = dict(zip(table["question_id"].to_pylist(), table["semantic_entropy"].to_pylist(), strict=True))
+    return np.array([found[question_id] for question_id in ids])
+
+
+def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: Sequence[str]) -> np.ndarray:
+    layer = campaign.stage("probe", round_index).require().metrics["layer"]
+    position = layers_of(extracted).index(layer)
+    found: dict[str, np.ndarray] = {}
+    for name in extracted.shard_names():
+        table = read_shard(extracted.url, name)
+        table = table.filter(pc.equal(table["split"], "candidate"))
+        found |= dict(zip(table["question_id"].to_pylist(), shard_states(table, extracted)[:, position], strict=True))
+    return np.stack([found[question_id] for question_id in ids])
+
+
+def annotate(campaign: Campaign, round_index: int) -> None:
+    """Ask the annotator for the selected questions' answers. A batch that is written is never asked for again."""
+    questions, references = campaign.stage("questions"), campaign.stage("references")
+    chosen = campaign.stage("select", round_index)
+
+    def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
+        rows = references.table().filter(pc.is_in(pc.field("question_id"), pa.array(ids, pa.string())))
+        return dict(zip(rows["question_id"].to_pylist(), rows["answers"].to_pylist(), strict=True))
+
+    def work(stage: Stage) -> Outcome:
+        annotator = build.annotator(campaign.config.annotator, reveal)
+        table = questions.table(["question_id", "question"])
+        text_of = dict(zip(table["question_id"].to_pylist(), table["question"].to_pylist(), strict=True))
+        ids = chosen.table(["question_id"])["question_id"].to_pylist()
+        batches = [ids[start : start + _ANNOTATION_BATCH] for start in range(0, len(ids), _ANNOTATION_BATCH)]
+        finished = stage.finished_shards()
+        with campaign.events.progress(stage.label, len(ids), "questions") as progress:
+            for index, batch in enumerate(batches):
+                name = shard_name(index)
+                if name not in finished:
+                    made = annotator.annotate({question_id: text_of[question_id] for question_id in batch})
+                    rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
+                    spent = {"annotations": float(len(made)), "money": float(sum(row.cost for row in made))}
+                    write_shard(stage.url, name, rows, spent)
+                    campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
+                progress.advance(len(batch))
+        num_annotated = num_rows(stage)
+        return {"num_annotated": num_annotated, "num_refused": len(ids) - num_annotated}, {}
+
+    commit_stage(
+        campaign, "annotate", round_index, config=campaign.config.annotator.result_fields(),
+        inputs=[questions, references, chosen], work=work,
+    )  # fmt: skip

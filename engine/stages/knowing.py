@@ -1,0 +1,239 @@
+"""From entropies and states to what the model knows: labels, probe, feedback, knowledge map."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine import build
+from engine.artifacts import Stage, read_shard, shard_name, write_shard
+from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.stages.tables import (
+    annotated_ids,
+    eval_grades,
+    facts,
+    layers_of,
+    make_table,
+    num_rows,
+    shard_states,
+    states_of,
+)
+from ka2l.evidence import combine
+from ka2l.labels import label_questions, split_seed_questions
+from ka2l.metrics import auroc_with_ci
+from ka2l.probe import Probe, fit_probe, load_probe
+from ka2l.records import KNOWLEDGE, LABELS
+from ka2l.seeds import row_seed
+
+
+def label(campaign: Campaign, round_index: int) -> None:
+    """Known or unknown for each seed question, from its semantic entropy."""
+    questions, clusters = campaign.stage("questions"), campaign.stage("cluster", round_index)
+
+    def work(stage: Stage) -> Outcome:
+        pool_rows = questions.table(["question_id", "split", "group"])
+        seeds = pool_rows.filter(pc.equal(pool_rows["split"], "seed"))
+        group_of = dict(zip(seeds["question_id"].to_pylist(), seeds["group"].to_pylist(), strict=True))
+        table = clusters.table(["question_id", "purpose", "semantic_entropy"])
+        entropy_of = {
+            row["question_id"]: row["semantic_entropy"]
+            for row in table.filter(pc.equal(table["purpose"], "probe")).to_pylist()
+        }
+        ids = sorted(question_id for question_id in group_of if question_id in entropy_of)
+        entropies = np.array([entropy_of[question_id] for question_id in ids])
+        splits = split_seed_questions(
+            ids, [group_of[question_id] for question_id in ids], campaign.config.labels, campaign.config.seed
+        )
+        labels = label_questions(ids, entropies, splits)
+        columns = {"question_id": ids, "probe_split": splits, "semantic_entropy": entropies, "unknown": labels.unknown}
+        write_shard(stage.url, shard_name(0), make_table(columns, LABELS), {})
+        return {
+            "threshold": labels.threshold,
+            "unknown_fraction": float(labels.unknown.mean()),
+            "num_questions": len(ids),
+            "num_rejected": len(group_of) - len(ids),
+        }, {}
+
+    commit_stage(
+        campaign, "label", round_index, config=campaign.config.labels.result_fields(), inputs=[questions, clusters],
+        work=work,
+    )  # fmt: skip
+
+
+def probe(campaign: Campaign, round_index: int) -> None:
+    """Fit the probe on the seed questions' states; choose the layer."""
+    config = campaign.config
+    labels, extracted = campaign.stage("label", round_index), campaign.stage("extract", round_index)
+
+    def work(stage: Stage) -> Outcome:
+        rows = labels.table().to_pylist()
+        ids, states = states_of(extracted, [row["question_id"] for row in rows])
+        row_of = {row["question_id"]: row for row in rows}
+        fitted = fit_probe(
+            states,
+            np.array([row_of[question_id]["unknown"] for question_id in ids]),
+            [row_of[question_id]["probe_split"] for question_id in ids],
+            layers_of(extracted),
+            config.probe,
+            row_seed(config.seed, round_index, "probe", ""),
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            fitted.save(folder)
+            for file in sorted(Path(folder).iterdir()):
+                stage.write_file(file.name, file.read_bytes())
+        auroc = fitted.metrics["auroc"]
+        shown = "not defined" if auroc is None else f"{auroc:.3f}"
+        campaign.events.say(f"{stage.label:<22} layer {fitted.layer}, AUROC {shown} for unknown")
+        return fitted.metrics, {}
+
+    commit_stage(
+        campaign, "probe", round_index, config=config.probe.result_fields(), inputs=[labels, extracted], work=work
+    )
+
+
+def feedback(campaign: Campaign, round_index: int) -> None:
+    """Was the base model right about what has been annotated since? Its own answers are there: grade them."""
+    answers = [campaign.stage("annotate", index) for index in range(round_index)]
+    questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
+    config = campaign.config.equivalence
+
+    def work(stage: Stage) -> Outcome:
+        revealed = {
+            row["question_id"]: row["answers"]
+            for source in answers
+            for row in source.table(["question_id", "answers"]).to_pylist()
+        }
+        run_host(
+            campaign,
+            stage,
+            partial(build.feedback_host, config, revealed),
+            {"questions": ShardInput(questions.url, ["question_id", "question"]), "samples": ShardInput(own.url)},
+            replicas=1,
+            cpus=1.0,
+            gpus=0.0,
+        )
+        return {"num_questions": num_rows(stage), "num_annotated": len(revealed)}, {}
+
+    commit_stage(
+        campaign, "feedback", round_index, config=config.result_fields(), inputs=[questions, own, *answers], work=work
+    )
+
+
+def knowledge(campaign: Campaign, round_index: int) -> None:
+    """The knowledge map: P(unknown) of every question now, and the evidence over all states so far."""
+    questions = campaign.stage("questions")
+    extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
+    base = campaign.stage("extract", 0)
+    earlier = [campaign.stage("knowledge", index) for index in range(1, round_index)]
+    graded = [campaign.stage("feedback", round_index)] if round_index else []
+    first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier, *graded] if round_index else []
+
+    def work(stage: Stage) -> Outcome:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("probe.json", "probe.safetensors"):
+                (Path(folder) / name).write_bytes(campaign.run.read_bytes(f"{probed.path}/{name}") or b"")
+            fitted = load_probe(folder)
+        informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
+        for name in extracted.shard_names():
+            table = read_shard(extracted.url, name)
+            ids = table["question_id"].to_pylist()
+            states = shard_states(table, extracted)
+            logits = fitted.predict_logit(states)
+            later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
+            if graded:
+                rows = read_shard(base.url, name)
+                chosen = shard_states(rows, base)[:, layers_of(base).index(informed.layer)]
+                then = dict(zip(rows["question_id"].to_pylist(), informed.predict_logit(chosen), strict=True))
+                score = combine(np.array([then.get(question_id, 0.0) for question_id in ids]), [*later, logits])
+            else:
+                score = combine(logits, [])
+            components = fitted.pca(states)
+            columns = {
+                "question_id": table["question_id"],
+                "split": table["split"],
+                "p_unknown": fitted.predict(states),
+                "logit": logits,
+                "score": score,
+                "pca_0": components[:, 0],
+                "pca_1": components[:, 1],
+            }
+            write_shard(stage.url, name, make_table(columns, KNOWLEDGE), {})
+        return _knowledge_metrics(campaign, stage, round_index), {}
+
+    answers = [campaign.stage("annotate", index) for index in range(round_index)]
+    commit_stage(
+        campaign, "knowledge", round_index, config=campaign.config.probe.result_fields(),
+        inputs=[questions, extracted, probed, campaign.stage("cluster", round_index), *answers, *first], work=work,
+    )  # fmt: skip
+
+
+def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
+    found = dict(zip(table["question_id"].to_pylist(), table["logit"].to_pylist(), strict=True))
+    return np.array([found.get(question_id, 0.0) for question_id in ids])
+
+
+def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) -> Probe:
+    """The base model's probe fitted again, with "answered wrongly" of the annotated questions as further labels.
+
+    They join the training rows alone: layer, early stopping and calibration still rest on the seed questions.
+    """
+    config = campaign.config
+    base = campaign.stage("extract", 0)
+    labels = {
+        row["question_id"]: (row["unknown"], row["probe_split"])
+        for row in campaign.stage("label", 0).table().to_pylist()
+    }
+    wrong = {
+        row["question_id"]: (not row["correct"], "train")
+        for row in graded.table(["question_id", "correct"]).to_pylist()
+    }
+    layer = campaign.stage("probe", 0).require().metrics["layer"]
+    ids, states = states_of(base, [*labels, *wrong])
+    known = labels | wrong
+    position = layers_of(base).index(layer)
+    return fit_probe(
+        states[:, [position]],
+        np.array([known[question_id][0] for question_id in ids]),
+        [known[question_id][1] for question_id in ids],
+        [layer],
+        config.probe,
+        row_seed(config.seed, round_index, "feedback", ""),
+    )
+
+
+def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
+    """How well the score finds eval questions that this state answers wrongly, among facts not annotated yet."""
+    names = sorted(stage.finished_shards())
+    table = pa.concat_tables(
+        [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown"]) for name in names]
+    )
+    scored = table.filter(pc.equal(table["split"], "eval"))
+    candidates = table.filter(pc.equal(table["split"], "candidate"))
+    fact_of = facts(campaign)
+    annotated = {fact_of[name] for name in annotated_ids(campaign, round_index)} - {None}
+    correct = eval_grades(campaign, round_index)
+    pairs = [
+        (not correct[name], score)
+        for name, score in zip(scored["question_id"].to_pylist(), scored["score"].to_pylist(), strict=True)
+        if name in correct and fact_of[name] not in annotated
+    ]
+    metrics: dict[str, Any] = {
+        "num_unannotated": len(pairs),
+        "unknown_fraction": pc.mean(pc.greater_equal(candidates["p_unknown"], 0.5).cast(pa.float32())).as_py()
+        if candidates.num_rows
+        else None,
+    }
+    if pairs:
+        wrong, scores = zip(*pairs, strict=True)
+        estimate = auroc_with_ci(
+            np.array(wrong), np.array(scores), row_seed(campaign.config.seed, round_index, "auroc", "")
+        )
+        metrics |= {"auroc_wrong": estimate.value, "auroc_wrong_ci": [estimate.low, estimate.high]}
+    return metrics

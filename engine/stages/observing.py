@@ -1,0 +1,137 @@
+"""What a model state says and thinks: samples, clusters of meaning, hidden states."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actors.sampler import ObservePlan
+from engine import build
+from engine.artifacts import Stage, read_shard
+from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.stages.tables import (
+    adapter_input,
+    eval_grades,
+    num_rows,
+)
+from ka2l.metrics import forgetting, proportion_with_ci
+
+
+def observe(campaign: Campaign, round_index: int) -> None:
+    """Sample answers from this round's model state: one engine session for all purposes."""
+    config = campaign.config
+    rehearsal = config.tuning.rehearsal > 0 and round_index == 0 and config.rounds > 0
+    greedy = config.tuning.rehearsal_labels == "greedy"
+    plan = ObservePlan(
+        run_seed=config.seed,
+        round_index=round_index,
+        num_rehearsal=(1 if greedy else config.tuning.num_rehearsal_samples) if rehearsal else 0,
+        rehearsal_share=config.tuning.rehearsal,
+        rehearsal_greedy=greedy,
+        probe_candidates=config.selection.kind == "semantic_entropy",
+    )
+    adapter = campaign.adapter_dir(round_index)
+    canary = None if adapter is None else json.loads((Path(adapter) / "canary.json").read_text())
+    questions = campaign.stage("questions")
+
+    def work(stage: Stage) -> Outcome:
+        run_host(
+            campaign,
+            stage,
+            partial(build.sampler_host, campaign.model, config.prompt, config.sampler, plan, adapter, canary),
+            {"questions": ShardInput(questions.url)},
+            replicas=config.sampler.replicas,
+            cpus=config.sampler.cpus_per_replica,
+            gpus=config.sampler.gpus_per_replica,
+        )
+        return {"num_samples": num_rows(stage), "canary_agrees": None if canary is None else True}, {}
+
+    fields = {
+        "sampler": config.sampler.result_fields(),
+        "prompt": config.prompt.result_fields(),
+        "plan": plan._asdict() | {"run_seed": None},
+    }
+    commit_stage(
+        campaign, "observe", round_index, config=fields, inputs=[questions, *adapter_input(campaign, round_index)],
+        work=work,
+    )  # fmt: skip
+
+
+def cluster(campaign: Campaign, round_index: int) -> None:
+    """Group the sampled answers by meaning and grade the greedy answers of the eval questions."""
+    config = campaign.config
+    questions, references = campaign.stage("questions"), campaign.stage("references")
+    observed = campaign.stage("observe", round_index)
+
+    def work(stage: Stage) -> Outcome:
+        run_host(
+            campaign,
+            stage,
+            partial(build.scorer_host, config.equivalence),
+            {
+                "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
+                "samples": ShardInput(observed.url),
+                "references": ShardInput(references.url, eval_only=True),
+            },
+            replicas=1,
+            cpus=1.0,
+            gpus=0.0,
+        )
+        return _cluster_metrics(campaign, stage, round_index), {}
+
+    commit_stage(
+        campaign, "cluster", round_index, config=config.equivalence.result_fields(),
+        inputs=[questions, references, observed], work=work,
+    )  # fmt: skip
+
+
+def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
+    names = sorted(stage.finished_shards())
+    table = pa.concat_tables([read_shard(stage.url, name) for name in names])
+    graded = table.filter(pc.equal(table["purpose"], "eval"))
+    probed = table.filter(pc.equal(table["purpose"], "probe"))
+    metrics: dict[str, Any] = {"num_eval": graded.num_rows, "num_probed": probed.num_rows}
+    if probed.num_rows:
+        metrics["mean_semantic_entropy"] = pc.mean(probed["semantic_entropy"]).as_py()
+    if graded.num_rows:
+        correct = dict(zip(graded["question_id"].to_pylist(), graded["correct"].to_pylist(), strict=True))
+        accuracy = proportion_with_ci(np.array(list(correct.values()), dtype=bool))
+        metrics |= {"accuracy": accuracy.value, "accuracy_ci": [accuracy.low, accuracy.high]}
+        metrics["exact_match"] = pc.mean(graded["exact_match"].cast(pa.float32())).as_py()
+        metrics["token_f1"] = pc.mean(graded["token_f1"]).as_py()
+        if round_index > 0:
+            before = eval_grades(campaign, 0)
+            ids = [name for name in correct if name in before]
+            metrics |= forgetting([before[name] for name in ids], [correct[name] for name in ids])
+    return metrics
+
+
+def extract(campaign: Campaign, round_index: int) -> None:
+    """Hidden states of every question under this round's model state: prefill only."""
+    config = campaign.config
+    questions = campaign.stage("questions")
+    adapter = campaign.adapter_dir(round_index)
+
+    def work(stage: Stage) -> Outcome:
+        run_host(
+            campaign,
+            stage,
+            partial(build.extractor_host, campaign.model, config.prompt, config.extraction, adapter),
+            {"questions": ShardInput(questions.url, ["question_id", "question", "split"])},
+            replicas=config.extraction.replicas,
+            cpus=config.extraction.cpus_per_replica,
+            gpus=config.extraction.gpus_per_replica,
+        )
+        return {"num_questions": num_rows(stage)}, {}
+
+    fields = {"extraction": config.extraction.result_fields(), "prompt": config.prompt.result_fields()}
+    commit_stage(
+        campaign, "extract", round_index, config=fields, inputs=[questions, *adapter_input(campaign, round_index)],
+        work=work,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The pool becomes two tables: questions for everybody, references for annotator and grading alone."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from actors.pool_reader import read_pool
+from engine.artifacts import Stage, filesystem, fingerprint, shard_name, write_shard
+from engine.campaign import Campaign, Outcome, commit_stage
+from ka2l.errors import BudgetError
+
+
+def pool(campaign: Campaign) -> None:
+    """Read, check and split the pool: ``questions`` for everybody, ``references`` for annotator and grading alone."""
+    config = campaign.config.pool.model_copy(update={"path": campaign.pool_path})
+    fields = campaign.config.pool.result_fields() | {
+        "path": None,
+        "source": _source_identity(campaign),
+        "shard_rows": campaign.config.shard_rows,
+    }
+    questions = campaign.stage("questions")
+
+    def read(stage: Stage) -> Outcome:
+        questions.remove()
+        stage.finished_shards()
+        quarantined: list[pa.Table] = []
+
+        def quarantine(table: pa.Table) -> str:
+            quarantined.append(table)
+            campaign.run.write_table("quarantine.parquet", pa.concat_tables(quarantined))
+            return f"{campaign.run.url}/quarantine.parquet"
+
+        tables = read_pool(
+            config, campaign.config.seed, write_quarantine=quarantine, shard_rows=campaign.config.shard_rows
+        )
+        with campaign.events.progress("pool", tables.counts["usable"], "questions") as progress:
+            for index, (rows, references) in enumerate(tables.shards):
+                write_shard(questions.url, shard_name(index), rows, {})
+                write_shard(stage.url, shard_name(index), references, {})
+                campaign.events.emit("shard_written", stage=stage.name, round=None, shard=shard_name(index))
+                progress.advance(rows.num_rows)
+            if tables.counts["quarantined"]:
+                progress.note = f"{tables.counts['quarantined']} quarantined, see quarantine.parquet"
+        return tables.counts, {}
+
+    references = commit_stage(campaign, "references", None, config=fields, inputs=[], work=read)
+    counts = references.require().metrics
+    commit_stage(campaign, "questions", None, config=fields, inputs=[references], work=lambda _: (counts, {}))
+
+
+def _source_identity(campaign: Campaign) -> str:
+    """What the pool's files are, never where they lie. A pool that is committed outlives its source."""
+    files, path = filesystem(campaign.pool_path)
+    info = files.get_file_info(path)
+    if info.type == pa.fs.FileType.Directory:
+        infos = files.get_file_info(pa.fs.FileSelector(path, recursive=True))
+        return fingerprint(files=sorted([item.base_name, item.size] for item in infos))
+    if info.type == pa.fs.FileType.File:
+        with files.open_input_stream(path) as stream:
+            return fingerprint(start=stream.read(1 << 20).hex(), size=info.size)
+    committed = campaign.stage("questions").manifest()
+    return fingerprint(name=campaign.pool_path) if committed is None else committed.config["source"]
+
+
+def check_budget(campaign: Campaign) -> None:
+    """Raise BudgetError where the run asks for more annotations than there are candidates."""
+    candidates = campaign.stage("questions").require().metrics["candidate"]
+    if campaign.budget_cap() > candidates:
+        raise BudgetError(
+            f"the budget of {campaign.budget_cap()} annotations ({campaign.config.rounds} rounds x "
+            f"{campaign.config.selection.budget}) is larger than the pool's {candidates} candidates",
+            hint="Lower rounds or selection.budget, or set budget.annotations.",
+        )

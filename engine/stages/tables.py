@@ -1,0 +1,78 @@
+"""What several stages read and write: committed tables as ids, grades and states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engine.artifacts import Stage, read_shard
+from engine.campaign import Campaign
+
+
+def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:
+    return [campaign.stage("tune", round_index - 1)] if round_index else []
+
+
+def num_rows(stage: Stage) -> int:
+    names = stage.finished_shards()
+    return sum(pq.read_metadata(f"{stage.path}/{name}", filesystem=stage.run.fs).num_rows for name in names)
+
+
+def make_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    """A table of exactly this schema."""
+    arrays = [
+        column.cast(field.type) if isinstance(column, pa.ChunkedArray | pa.Array) else pa.array(column, type=field.type)
+        for field, column in ((field, columns[field.name]) for field in schema)
+    ]
+    return pa.table(arrays, schema=schema)
+
+
+def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
+    """Whether each eval question was answered right in a round."""
+    table = campaign.stage("cluster", round_index).table(["question_id", "purpose", "correct"])
+    table = table.filter(pc.equal(table["purpose"], "eval"))
+    return dict(zip(table["question_id"].to_pylist(), table["correct"].to_pylist(), strict=True))
+
+
+def facts(campaign: Campaign) -> dict[str, str | None]:
+    table = campaign.stage("questions").table(["question_id", "fact"])
+    return dict(zip(table["question_id"].to_pylist(), table["fact"].to_pylist(), strict=True))
+
+
+def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
+    ids: list[str] = []
+    for index in range(before_round):
+        ids += campaign.stage("annotate", index).table(["question_id"])["question_id"].to_pylist()
+    return ids
+
+
+def states_of(extracted: Stage, wanted: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """Ids, sorted, and states (num_questions, num_layers, width) of the wanted questions that have some."""
+    ids: list[str] = []
+    states = []
+    for name in extracted.shard_names():
+        table = read_shard(extracted.url, name)
+        table = table.filter(pc.is_in(table["question_id"], pa.array(wanted, pa.string())))
+        ids += table["question_id"].to_pylist()
+        states.append(shard_states(table, extracted))
+    order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
+    return [ids[index] for index in order], np.concatenate(states)[order]
+
+
+def shard_states(table: pa.Table, extracted: Stage) -> np.ndarray:
+    """States of a shard, shape (num_rows, num_layers, width)."""
+    column = table["states"].combine_chunks()
+    num_layers = len(layers_of(extracted))
+    width = column.type.list_size // num_layers
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
+
+
+def layers_of(extracted: Stage) -> list[int]:
+    path = f"{extracted.path}/{extracted.shard_names()[0]}"
+    schema = pq.read_schema(path, filesystem=extracted.run.fs)
+    return [int(layer) for layer in schema.field("states").metadata[b"layers"].split(b",")]
