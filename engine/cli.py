@@ -187,6 +187,8 @@ def _begin(source: str, run_dir: str | None, overrides: list[str] | None, *, onl
     from engine.config import dump_config, load_config
 
     config = load_config(source, overrides or ())
+    if only_probe:
+        config = config.model_copy(update={"rounds": 0})  # so that nothing is sampled for tuning
     target = RunDirectory(run_dir or f"runs/{config.name}")
     _refuse_old_run(target)
     model, pool_path = _resolve_testbed(config)

@@ -38,6 +38,7 @@ def run(campaign: Campaign) -> None:
             break
         probe_round(campaign, round_index)
         stages.select(campaign, round_index)
+        # decode comes here: unknown hidden states to new questions, which are annotated with the selected ones
         stages.annotate(campaign, round_index)
         stages.tune(campaign, round_index)
         publish(campaign, "running")

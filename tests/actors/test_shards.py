@@ -138,7 +138,7 @@ def test_waiting_ends_when_the_holder_lets_go_or_the_time_is_up() -> None:
         def ready(self) -> bool:
             return True
 
-    wait_until_free(2.0, 0.0, timeout_s=30.0)
+    wait_until_free(2.0, 0.0, timeout_s=120.0)
     holder = Holder.remote()  # type: ignore[attr-defined]
     assert ray.get(holder.ready.remote())
     with pytest.raises(ResourcesBusyError, match=r"waited 0.5 s for \{'CPU': 2.0\}"):

@@ -118,6 +118,7 @@ def _knowledge(num: int = NUM) -> list[dict[str, Any]]:
             "question_id": f"q{index:03d}",
             "split": SPLIT[index % 3],
             "p_unknown": 0.9 if index % 5 == 0 else 0.1,
+            "logit": 2.2 if index % 5 == 0 else -2.2,
             "score": 0.5,
             "pca_0": float(index),
             "pca_1": -float(index),

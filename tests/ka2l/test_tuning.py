@@ -50,7 +50,7 @@ def learned_canary(llama: str, learned: TuneResult) -> dict[str, Any]:
 
 
 def tune_briefly(model: str, tmp_path: Path, **fields: Any) -> TuneResult:
-    config = TuningConfig(**{"max_steps": 2, "batch_size": 20} | fields)
+    config = TuningConfig(**{"max_steps": 2, "batch_size": 20, "dtype": "float32"} | fields)
     return tune(model, training_rows(FACTS, [], config, 0, chat=False), config, str(tmp_path), seed=0, chat=False)
 
 
@@ -229,7 +229,7 @@ def test_first_loss_is_the_cross_entropy_of_the_base_model(
     import torch
 
     path = str(tiny_models(name))
-    config = TuningConfig(max_steps=1, batch_size=6)  # rows of different lengths, so the batch is padded
+    config = TuningConfig(max_steps=1, batch_size=6, dtype="float32")  # rows of different lengths, so the batch is padded
     rows = training_rows(FACTS[5:11], [], config, 0, chat=False)
     first_loss = tune(path, rows, config, str(tmp_path), 0, chat=False).metrics["first_loss"]
     model, total, num_tokens = load_model(path), 0.0, 0
