@@ -49,7 +49,8 @@ class ExtractorHost:
         )
         stats = {
             "forward_seconds": seconds,
-            "forward_passes": float(self.extractor.num_forward_passes - passes),
+            "forward_passes": float(table.num_rows),
+            "num_batches": float(self.extractor.num_forward_passes - passes),
             "tokens_prompt": float(self.extractor.num_tokens - tokens),
             "num_rejected": float(questions.num_rows - table.num_rows),
         }

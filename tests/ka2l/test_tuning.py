@@ -229,7 +229,7 @@ def test_first_loss_is_the_cross_entropy_of_the_base_model(
     import torch
 
     path = str(tiny_models(name))
-    config = TuningConfig(max_steps=1, batch_size=6, dtype="float32")  # rows of different lengths, so the batch is padded
+    config = TuningConfig(max_steps=1, batch_size=6, dtype="float32")  # of different lengths: padded
     rows = training_rows(FACTS[5:11], [], config, 0, chat=False)
     first_loss = tune(path, rows, config, str(tmp_path), 0, chat=False).metrics["first_loss"]
     model, total, num_tokens = load_model(path), 0.0, 0
