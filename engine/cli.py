@@ -432,14 +432,14 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except KA2LError as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False)
+        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print("interrupted; what is committed is safe: ka2l resume RUN_DIR", highlight=False)
         sys.exit(130)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # wrong usage, as typer words it
-            console.print(f"error: {error.format_message()}", markup=False, highlight=False)
+            console.print(f"error: {error.format_message()}", markup=False, highlight=False, soft_wrap=True)
             sys.exit(2)
         traceback.print_exc()
         console.print("This is a fault of KA2L; please report it with the lines above.", highlight=False)

@@ -33,7 +33,7 @@ class Events:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[StageProgress]:

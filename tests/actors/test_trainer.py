@@ -66,7 +66,7 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
     handler = signal.getsignal(signal.SIGINT)
     results = {}
     for workers in (1, 2):
-        config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers)
+        config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32")
         reports: list[dict[str, Any]] = []
         results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append)
         assert [report["step"] for report in reports] == list(range(1, 13))

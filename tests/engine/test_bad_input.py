@@ -33,7 +33,6 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
         monkeypatch.setattr(cli, "_ray", no_ray)
         monkeypatch.setattr(sys, "argv", ["ka2l", *map(str, words)])
-        monkeypatch.setenv("COLUMNS", "1000")
         with pytest.raises(SystemExit) as ended:
             cli.main()
         said = capsys.readouterr()
@@ -67,7 +66,12 @@ def write_config(campaign_files: Any, tmp_path: Path) -> Callable[..., Path]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def of_stages(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in files.items() if name.startswith(("pool/", "round-"))}
 
 
 # -- found before anything is written or started -----------------------------------------------------------------------
@@ -241,8 +245,7 @@ def test_a_damaged_committed_file_stops_the_run_and_is_left_as_it_is(
     message = check(ended.returncode, ended.stderr)
     assert f"{victim} does not have the checksum in its manifest" in message
     assert f"--redo-from {stage.split('/')[1]}" in message
-    after = contents(run_dir)
-    assert {name for name in before if after[name] != before[name]} <= {"events.jsonl", "config.yaml"}
+    assert of_stages(contents(run_dir)) == of_stages(before)
 
 
 @slow
@@ -266,7 +269,7 @@ def test_a_full_disk_stops_the_run_and_resume_goes_on_once_there_is_space(
     assert f"no space left while writing {run_dir}/round-000/observe/part-" in message
     assert "ka2l resume" in message
     after = contents(run_dir)
-    assert {name for name in before if after[name] != before[name]} <= {"events.jsonl", "config.yaml"}
+    assert of_stages(before).items() <= of_stages(after).items()
     assert not [name for name in after if ".tmp-" in name]
 
     (small_disk / "filler").unlink()
