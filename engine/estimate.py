@@ -178,10 +178,8 @@ def _subset(campaign: Campaign) -> list[dict[str, object]]:
 
 
 def _print(predictions: list[Prediction], console: Console) -> None:
-    table = Table(
-        "round", "stage", "questions or steps", "forward passes", "prompt tokens", "new tokens", "annotations",
-        "seconds", title="estimate",
-    )  # fmt: skip
+    headings = ("round", "stage", "rows", "passes", "prompt tok.", "new tok.", "annot.", "seconds")
+    table = Table(*headings, title="estimate (rows: questions; optimiser steps for tune)")
     for row in predictions:
         table.add_row(
             str(row.round_index),
