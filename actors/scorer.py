@@ -22,7 +22,6 @@ class ScorerHost:
         equivalence: decides which answers mean the same.
         purposes: purposes of the samples to group.
         answers: accepted answers by question id, for grading; None takes the shard's ``references``.
-        only_graded: leave out questions that have no accepted answer here.
     """
 
     def __init__(
@@ -30,38 +29,29 @@ class ScorerHost:
         equivalence: Equivalence,
         purposes: Sequence[str] = ("probe", "eval"),
         answers: Mapping[str, list[str]] | None = None,
-        only_graded: bool = False,
     ) -> None:
         self.equivalence = equivalence
         self.purposes = purposes
         self.answers = answers
-        self.only_graded = only_graded
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
         """From ``samples``, ``questions`` and ``references`` to ``clusters`` (records.CLUSTERS).
 
-        What is graded is the largest cluster's answer; a greedy answer is alone in its cluster. Sampled answers marked
-        ``rejected`` are left out, a rejected greedy answer counts as wrong.
+        Where ``clusters`` are given in place of ``samples``, they stay as they are and only new references are graded
+        against. What is graded is the largest cluster's answer; a greedy answer is alone in its cluster. Sampled
+        answers marked ``rejected`` are left out, a rejected greedy answer counts as wrong.
         """
         start = time.perf_counter()
         questions = {row["question_id"]: row["question"] for row in tables["questions"].to_pylist()}
         references = self.answers
         if references is None:
             references = {row["question_id"]: row["answers"] for row in tables["references"].to_pylist()}
-        samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in tables["samples"].to_pylist():
-            known = row["question_id"] in references or not self.only_graded
-            usable = row["finish_reason"] != "rejected" or row["purpose"] == "eval"
-            if row["purpose"] in self.purposes and known and usable:
-                samples.setdefault((row["question_id"], row["purpose"]), []).append(row)
-        keys = sorted(samples)
-        result = cluster_answers(
-            [questions[question_id] for question_id, _ in keys],
-            [[row["answer"] for row in samples[key]] for key in keys],
-            self.equivalence,
-        )
-        rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
-        graded = [key for key in keys if key[0] in references]
+        stats: Stats = {}
+        if "clusters" in tables:
+            rows = {(row["question_id"], row["purpose"]): row for row in tables["clusters"].to_pylist()}
+        else:
+            rows, stats = self._cluster(tables["samples"], questions)
+        graded = [key for key, row in rows.items() if key[0] in references and row.get("correct") is None]
         grades = grade_answers(
             [questions[question_id] for question_id, _ in graded],
             [rows[key]["top_answer"] for key in graded],
@@ -71,12 +61,28 @@ class ScorerHost:
         for key, grade in zip(graded, grades, strict=True):
             rows[key] |= grade._asdict()
         table = [{"question_id": key[0], "purpose": key[1]} | row for key, row in rows.items()]
-        stats = {
-            "score_seconds": time.perf_counter() - start,
+        return pa.Table.from_pylist(table, schema=CLUSTERS), {"score_seconds": time.perf_counter() - start} | stats
+
+    def _cluster(
+        self, table: pa.Table, questions: Mapping[str, str]
+    ) -> tuple[dict[tuple[str, str], dict[str, Any]], Stats]:
+        """Answers by (question id, purpose), grouped by meaning; not graded yet."""
+        samples: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in table.to_pylist():
+            usable = row["finish_reason"] != "rejected" or row["purpose"] == "eval"
+            if row["purpose"] in self.purposes and usable:
+                samples.setdefault((row["question_id"], row["purpose"]), []).append(row)
+        keys = sorted(samples)
+        result = cluster_answers(
+            [questions[question_id] for question_id, _ in keys],
+            [[row["answer"] for row in samples[key]] for key in keys],
+            self.equivalence,
+        )
+        rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
+        return rows, {
             "num_pairs_asked": float(result.num_pairs_asked),
             "num_pairs_full": float(result.num_pairs_full),
         }
-        return pa.Table.from_pylist(table, schema=CLUSTERS), stats
 
 
 def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> dict[str, Any]:

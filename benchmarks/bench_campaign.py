@@ -1,12 +1,13 @@
-"""Do rounds earn their keep, and does selection? Four arms on the testbed, for several seeds.
+"""Do rounds earn their keep, and does selection? Five arms on the testbed, for several seeds.
 
     three_rounds  the quickstart: 3 rounds of 250, probe, rehearsal
     one_round     the same 750 annotations in one round
+    one_entropy   the same, chosen by the semantic entropy of samples of every candidate: what the probe predicts
     random        750 random annotations, no rehearsal
     everything    all 1,500 candidates annotated
 
 Every seed has a testbed of its own. Round 0 asks the same base model in the first two arms, so its observation and
-probe are made once and shared. Takes about 15 minutes a seed on two cores.
+probe are made once and shared. Takes about 17 minutes a seed on two cores.
 
     python benchmarks/bench_campaign.py --seeds 0 1 2
 """
@@ -29,6 +30,7 @@ SHARED_STAGES = ("observe", "cluster", "label", "extract", "probe", "knowledge")
 ARMS: dict[str, list[str]] = {
     "three_rounds": [],
     "one_round": ["rounds=1", "selection.budget=750"],
+    "one_entropy": ["rounds=1", "selection.budget=750", "selection.kind=semantic_entropy"],
     "random": ["rounds=1", "selection.budget=750", "selection.kind=random", "tuning.rehearsal=0"],
     "everything": ["rounds=1", "selection.budget=1500"],
 }

@@ -14,7 +14,9 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -404,6 +406,18 @@ class RunDirectory:
         with clear_storage_errors(str(folder)):
             folder.mkdir(parents=True, exist_ok=True)
         return str(folder)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty local folder for work in progress. In the run directory where that is local: workers on other nodes
+        must see it, and what a killed run left there goes when the next one begins."""
+        folder = Path(self.path) / "scratch" if self.is_local else Path(tempfile.mkdtemp(prefix="ka2l-"))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from ka2l.hidden_states import ExtractionConfig
 from ka2l.models import ModelConfig, load_tokenizer
 from ka2l.prompts import PromptConfig, Prompter
 from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
+from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
@@ -141,10 +142,16 @@ def scorer_host(config: EquivalenceConfig) -> ScorerHost:
 
 
 def feedback_host(config: EquivalenceConfig, answers: Mapping[str, list[str]]) -> ScorerHost:
-    """What the feedback stage runs: own answers graded against annotated ones."""
+    """What the feedback stage runs: own answers to candidates grouped by meaning, and graded where annotated."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(equivalence(config), ("probe", "rehearsal"), answers, only_graded=True)
+    return ScorerHost(equivalence(config), ("rehearsal",), answers)
+
+
+def strategy(config: SelectionConfig) -> Strategy:
+    """The query strategy of ``selection.kind``."""
+    found: Strategy = STRATEGIES[config.kind] if config.kind in STRATEGIES else plugin(config.kind)
+    return found
 
 
 def annotator(config: AnnotatorConfig, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> Annotator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +20,7 @@ from ka2l.errors import ConfigError, KA2LError, ModelError, RunDirectoryError, S
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
-    from engine.config import RunConfig
+    from engine.config import RayConfig, RunConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ app = typer.Typer(
 testbed_app = typer.Typer(help="The built-in closed-book model whose knowledge is known exactly.", no_args_is_help=True)
 app.add_typer(testbed_app, name="testbed")
 console = Console(stderr=True)
+_CONNECT_TIMEOUT_S = 10.0
 
 ConfigArgument = Annotated[str, typer.Argument(help="Name of a preset (quickstart, ...) or path of a YAML file.")]
 SetOption = Annotated[
@@ -245,6 +247,7 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     from ka2l.models import check_model_directory, is_directory
     from ka2l.pool_sources import find_pieces, is_dataset
 
+    _cluster_address(config.ray)
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)
@@ -331,25 +334,14 @@ class _ray:  # noqa: N801 - reads as a verb
         import ray
 
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        address = _running_cluster() if self.config.address == "auto" else self.config.address
-        if address is None or not self._join(address, quiet):
+        address = _cluster_address(self.config)
+        if address is not None:
+            ray.init(address=address, **quiet)
+        else:
             # Everything Ray serves stays on this machine.
             ray.init(address="local", num_cpus=self.config.num_cpus, include_dashboard=False,
                      _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
         logging.getLogger("ray").setLevel(logging.ERROR)
-
-    def _join(self, address: str, quiet: dict[str, Any]) -> bool:
-        import ray
-
-        if address == "local":
-            return False
-        try:
-            ray.init(address=address, **quiet)
-        except ConnectionError:
-            if self.config.address == "auto":  # left behind by a cluster that has ended
-                return False
-            raise
-        return True
 
     def _divert_native_chatter(self) -> None:
         """Native libraries write to descriptor 2 whatever Python's logging says; people read ``sys.stderr``."""
@@ -369,14 +361,30 @@ class _ray:  # noqa: N801 - reads as a verb
         sys.stderr = self.stderr
 
 
-def _running_cluster() -> str | None:
-    """Address of a cluster meant to be joined: ``$RAY_ADDRESS``, or what ``ray start`` left on this machine.
+def _cluster_address(config: RayConfig) -> str | None:
+    """Address of a cluster meant to be joined: the config's, ``$RAY_ADDRESS``, or what ``ray start`` left here.
 
-    Not ``ray.init(address="auto")``: that joins the private Ray of any other program here, and dies with it.
+    None where Ray is to be started here. Not ``ray.init(address="auto")``: that joins the private Ray of any other
+    program on the machine, and dies with it. Raises ConfigError where nothing answers: Ray would try for minutes.
     """
     file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     started = file.read_text().strip() if file.is_file() else ""
-    return os.environ.get("RAY_ADDRESS") or started or None
+    wanted = os.environ.get("RAY_ADDRESS") if config.address == "auto" else config.address
+    address = wanted or started
+    if address in ("", "local"):
+        return None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        if not wanted:  # left behind by a cluster that has ended
+            return None
+        raise ConfigError(
+            f"no Ray cluster answers at {address}: {error}",
+            hint="Check ray.address (or RAY_ADDRESS), or set ray.address=local to start Ray here.",
+        ) from error
+    return address
 
 
 def _require(target: RunDirectory) -> str:

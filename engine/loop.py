@@ -7,7 +7,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     label     dynamic threshold                       -> known / unknown for the seed questions
     extract   one forward pass a question             -> hidden states
     probe     classifier on the seed questions' states
-    feedback  was the base model right about what has been annotated since?
+    feedback  how sure was the base model of its own samples, and was it right about what has been annotated?
     knowledge P(unknown) of every question            -> the knowledge map
     select    query strategy                          -> what to ask the annotator
     decode    unknown states to new questions         (no kind is built yet; its place is here)

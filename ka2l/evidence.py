@@ -1,9 +1,10 @@
-"""Evidence for "unknown" over model states, and what annotations add to it.
+"""Evidence for "unknown", added up over model states and over what annotation and rehearsal have paid for.
 
 Tuning on answers makes a model sure of everything, so the probe of a later state alone ranks what is left little
-better than chance. The base model saw the questions before any answer was trained on: its evidence must not be thrown
-away. It can even be sharpened: every annotation says whether the base model was right about that question, which is
-the very thing that the entropy label stands in for.
+better than chance. The base model saw the questions before any answer was trained on: its evidence comes first. Two
+things sharpen it after the first round. Every annotation says whether the base model was right about that question,
+which is the very thing that the entropy label stands in for; and the answers that were sampled for rehearsal show its
+doubt about each candidate, which the probe only predicts.
 """
 
 from __future__ import annotations
@@ -14,16 +15,47 @@ import numpy as np
 
 #: Log-odds beyond this are artefacts of calibration on a small validation split, not knowledge.
 _MAX_LOGIT = 6.0
+#: Of all later states together, beside 1 for the base model's probe: they have learnt to be sure.
+_LATER_WEIGHT = 0.5
 
 
-def combine(base: np.ndarray, later: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean log-odds of unknown over model states: experts with equal weights.
+def doubt(num_agreeing: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
+    """Log-odds that the most frequent of some sampled answers is wrong, were a model right as often as it agrees.
+
+    Args:
+        num_agreeing: answers in the largest cluster, shape (num_questions,).
+        num_answers: answers in all, shape (num_questions,).
+
+    Returns:
+        ln((n - k + 1/2) / (k + 1/2)), shape (num_questions,); NaN, no evidence, where fewer than two were sampled.
+    """
+    odds = (num_answers - num_agreeing + 0.5) / (num_agreeing + 0.5)
+    return np.where(num_answers < 2, np.nan, np.log(odds))
+
+
+def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.ndarray | None = None) -> np.ndarray:
+    """Weighted mean log-odds of unknown: 1 the base model's probe, 1 its own doubt, 1/2 the probes of later states.
 
     Args:
         base: calibrated log-odds under the base model, shape (num_questions,).
         later: the same under each later state.
+        own_doubt: of the base model, as by `doubt`; NaN where it is not known.
 
     Returns:
         Shape (num_questions,).
     """
-    return np.mean([np.clip(logits, -_MAX_LOGIT, _MAX_LOGIT) for logits in (base, *later)], axis=0)
+    experts, weights = [base], [1.0]
+    if later:
+        experts.append(np.mean([_clip(logits) for logits in later], axis=0))
+        weights.append(_LATER_WEIGHT)
+    if own_doubt is not None:
+        experts.append(own_doubt)
+        weights.append(1.0)
+    logits_en = np.stack([_clip(logits) for logits in experts])
+    there_en = ~np.isnan(logits_en)
+    weighted = np.where(there_en, logits_en, 0.0) * np.array(weights)[:, None]
+    return weighted.sum(axis=0) / (there_en * np.array(weights)[:, None]).sum(axis=0)
+
+
+def _clip(logits: np.ndarray) -> np.ndarray:
+    return np.clip(logits, -_MAX_LOGIT, _MAX_LOGIT)

@@ -5,6 +5,7 @@ Files are cut into pieces that can be read independently, each knowing the posit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zlib
@@ -27,6 +28,9 @@ _JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _PARQUET = (".parquet", ".pq")
 _PIECE_BYTES = 32 * 2**20
 _BATCH_ROWS = 1024
+_MIB = 2**20
+#: Larger pools are not read a second time only to know them again.
+_MAX_HASHED_BYTES = 4 * 2**30
 
 
 class BadRow(NamedTuple):
@@ -166,6 +170,34 @@ def find_pieces(path: str, required: tuple[str, ...]) -> list[Piece]:
     with ThreadPoolExecutor(16) as threads:
         found = threads.map(lambda file: _file_pieces(file[0], file[1], required), files)
         return [piece for pieces in found for piece in pieces]
+
+
+def content_identity(path: str) -> str:
+    """A hash of what the files at ``path`` hold, wherever they lie and whatever they are called.
+
+    All bytes of pools up to 4 GiB; of larger ones every file's size, first and last MiB, where Parquet keeps the
+    statistics of its columns. A Hugging Face dataset on the hub is known by its name.
+
+    Raises:
+        PoolError: nothing is there.
+    """
+    if is_dataset(path) and not Path(path).exists():
+        return path
+    saved = sorted(str(file) for file in Path(path).glob("**/*.arrow")) if is_dataset(path) else []
+    files = [(name, Path(name).stat().st_size) for name in saved] or _list_files(path)
+    read_all = sum(size for _, size in files) <= _MAX_HASHED_BYTES
+    digest = hashlib.sha256()
+    for name, size in files:
+        digest.update(f"{size}\x1f".encode())
+        with fsspec.open(name, "rb") as file:
+            if read_all:
+                while chunk := file.read(_MIB):
+                    digest.update(chunk)
+            else:
+                digest.update(file.read(_MIB))
+                file.seek(max(0, size - _MIB))
+                digest.update(file.read(_MIB))
+    return digest.hexdigest()[:16]
 
 
 def _list_files(path: str) -> list[tuple[str, int]]:

@@ -69,7 +69,7 @@ SAMPLES = pa.schema(
     ]
 )
 
-#: One question a row: its answers grouped by meaning (purpose ``probe``) or graded (purpose ``eval``).
+#: One question a row: its answers grouped by meaning (purposes ``probe``, ``rehearsal``) or graded (``eval``).
 CLUSTERS = pa.schema(
     [
         _ID,

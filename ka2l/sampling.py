@@ -31,29 +31,29 @@ class SamplerConfig(Section):
 
     kind: str = "vllm"
     """``vllm``, or ``transformers`` for machines without vLLM (slow)."""
-    num_samples: int = 10
+    num_samples: int = Field(10, ge=2)
     """Answers per seed question, drawn at ``temperature``; semantic entropy comes from them."""
-    temperature: float = 1.0
+    temperature: float = Field(1.0, gt=0)
     """Of the sampled answers. The answer that measures accuracy is greedy."""
-    max_tokens: int = 64
+    max_tokens: int = Field(64, ge=1)
     """Longest answer, tokens."""
     stop: tuple[str, ...] = ("\n",)
     """Texts that end an answer."""
-    replicas: int = 1
+    replicas: int = Field(1, ge=1)
     """Engines side by side."""
-    cpus_per_replica: float = 1.0
+    cpus_per_replica: float = Field(1.0, ge=0)
     """CPU cores Ray sets aside for an engine."""
-    gpus_per_replica: float = 0.0
+    gpus_per_replica: float = Field(0.0, ge=0)
     """GPUs Ray sets aside for an engine; at least ``tensor_parallel_size``."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = Field(1, ge=1)
     """GPUs one copy of the model is spread over."""
-    max_num_seqs: int = 256
+    max_num_seqs: int = Field(256, ge=1)
     """Sequences an engine decodes at once."""
-    max_model_len: int | None = None
+    max_model_len: int | None = Field(None, ge=1)
     """Longest prompt plus answer, tokens; the model's own limit where null."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Share of a GPU's memory an engine may take."""
-    cpu_kv_cache_gib: float = 1.0
+    cpu_kv_cache_gib: float = Field(1.0, gt=0)
     """GiB of KV cache an engine on CPUs may take."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments for vLLM's ``LLM``, as they are."""

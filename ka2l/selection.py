@@ -27,7 +27,7 @@ class SelectionConfig(Section):
     kind: str = "probe"
     """``probe`` takes what the probe holds most likely unknown; ``semantic_entropy`` what the model's own answers
     disagree about most (samples of all candidates are needed); ``probe_diverse`` spreads over the likely unknown;
-    ``random`` is the control."""
+    ``random`` is the control; ``module:function`` is a strategy of your own."""
     budget: int = Field(150, ge=1)
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
@@ -60,16 +60,20 @@ class Selected(NamedTuple):
 Strategy = Callable[[Candidates, int, int, SelectionConfig], Selected]
 
 
-def select(candidates: Candidates, config: SelectionConfig, seed: int) -> Selected:
+def select(candidates: Candidates, config: SelectionConfig, seed: int, strategy: Strategy | None = None) -> Selected:
     """The ``config.budget`` candidates to annotate. The order of the candidates never matters.
+
+    Args:
+        strategy: instead of the one that ``config.kind`` names; called with (candidates, budget, seed, config).
 
     Raises:
         BudgetError: the budget is larger than the number of candidates.
-        ConfigError: an unknown kind, or one that needs what the candidates do not have.
+        ConfigError: an unknown kind, one that needs what the candidates do not have, or a ``strategy`` that chose
+            another number of questions than the budget, or one twice.
         ValueError: a question id twice, or a value to rank by that is not finite.
     """
     num_candidates = len(candidates.question_ids)
-    if config.kind not in STRATEGIES:
+    if strategy is None and config.kind not in STRATEGIES:
         raise ConfigError(f"selection.kind {config.kind!r} is not known", hint=f"Use one of {', '.join(STRATEGIES)}.")
     if config.budget > num_candidates:
         raise BudgetError(
@@ -78,7 +82,13 @@ def select(candidates: Candidates, config: SelectionConfig, seed: int) -> Select
         )
     if len(set(candidates.question_ids)) < num_candidates:
         raise ValueError("a question_id occurs twice among the candidates")
-    return STRATEGIES[config.kind](candidates, config.budget, seed, config)
+    chosen = (strategy or STRATEGIES[config.kind])(candidates, config.budget, seed, config)
+    if len(chosen.indices) != config.budget or len(set(chosen.indices)) != config.budget:
+        raise ConfigError(
+            f"selection.kind {config.kind!r} chose {len(set(chosen.indices))} questions, and not {config.budget}",
+            hint="A strategy returns as many different row numbers as its budget says.",
+        )
+    return chosen
 
 
 def random(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:

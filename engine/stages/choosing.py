@@ -9,14 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
+from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import (
-    layers_of,
-    make_table,
-    num_rows,
-    shard_states,
-)
+from engine.stages.tables import by_id, make_table, num_rows, states_of
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
@@ -46,11 +41,12 @@ def select(campaign: Campaign, round_index: int) -> None:
             p_unknown=np.array([row["p_unknown"] for row in rows]),
             entropy=_entropies(observed, ids) if config.selection.kind == "semantic_entropy" else None,
             states=_chosen_states(campaign, extracted, round_index, ids)
-            if config.selection.kind == "probe_diverse"
+            if config.selection.kind == "probe_diverse" or ":" in config.selection.kind
             else None,
         )
         wanted = config.selection.model_copy(update={"budget": min(budget, len(ids))})
-        chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""))
+        strategy = build.strategy(config.selection)
+        chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""), strategy)
         columns = {
             "question_id": [ids[index] for index in chosen.indices],
             "rank": np.arange(len(chosen.indices)),
@@ -69,19 +65,15 @@ def select(campaign: Campaign, round_index: int) -> None:
 def _entropies(clusters: Stage, ids: Sequence[str]) -> np.ndarray:
     table = clusters.table(["question_id", "purpose", "semantic_entropy"])
     table = table.filter(pc.equal(table["purpose"], "probe"))
-    found = dict(zip(table["question_id"].to_pylist(), table["semantic_entropy"].to_pylist(), strict=True))
+    found = by_id(table, "semantic_entropy")
     return np.array([found[question_id] for question_id in ids])
 
 
 def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: Sequence[str]) -> np.ndarray:
     layer = campaign.stage("probe", round_index).require().metrics["layer"]
-    position = layers_of(extracted).index(layer)
-    found: dict[str, np.ndarray] = {}
-    for name in extracted.shard_names():
-        table = read_shard(extracted.url, name)
-        table = table.filter(pc.equal(table["split"], "candidate"))
-        found |= dict(zip(table["question_id"].to_pylist(), shard_states(table, extracted)[:, position], strict=True))
-    return np.stack([found[question_id] for question_id in ids])
+    sorted_ids, states = states_of(extracted, ids, layer)
+    row_of = {question_id: row for row, question_id in enumerate(sorted_ids)}
+    return states[[row_of[question_id] for question_id in ids], 0]
 
 
 def annotate(campaign: Campaign, round_index: int) -> None:
@@ -91,12 +83,12 @@ def annotate(campaign: Campaign, round_index: int) -> None:
 
     def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
         rows = references.table().filter(pc.is_in(pc.field("question_id"), pa.array(ids, pa.string())))
-        return dict(zip(rows["question_id"].to_pylist(), rows["answers"].to_pylist(), strict=True))
+        return by_id(rows, "answers")
 
     def work(stage: Stage) -> Outcome:
         annotator = build.annotator(campaign.config.annotator, reveal)
         table = questions.table(["question_id", "question"])
-        text_of = dict(zip(table["question_id"].to_pylist(), table["question"].to_pylist(), strict=True))
+        text_of = by_id(table, "question")
         ids = chosen.table(["question_id"])["question_id"].to_pylist()
         batches = [ids[start : start + _ANNOTATION_BATCH] for start in range(0, len(ids), _ANNOTATION_BATCH)]
         finished = stage.finished_shards()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
 from engine.stages.tables import (
     annotated_ids,
+    by_id,
     eval_grades,
     facts,
     layers_of,
@@ -25,7 +26,7 @@ from engine.stages.tables import (
     shard_states,
     states_of,
 )
-from ka2l.evidence import combine
+from ka2l.evidence import combine, doubt
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe, load_probe
@@ -40,12 +41,9 @@ def label(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         pool_rows = questions.table(["question_id", "split", "group"])
         seeds = pool_rows.filter(pc.equal(pool_rows["split"], "seed"))
-        group_of = dict(zip(seeds["question_id"].to_pylist(), seeds["group"].to_pylist(), strict=True))
+        group_of = by_id(seeds, "group")
         table = clusters.table(["question_id", "purpose", "semantic_entropy"])
-        entropy_of = {
-            row["question_id"]: row["semantic_entropy"]
-            for row in table.filter(pc.equal(table["purpose"], "probe")).to_pylist()
-        }
+        entropy_of = by_id(table.filter(pc.equal(table["purpose"], "probe")), "semantic_entropy")
         ids = sorted(question_id for question_id in group_of if question_id in entropy_of)
         entropies = np.array([entropy_of[question_id] for question_id in ids])
         splits = split_seed_questions(
@@ -99,9 +97,14 @@ def probe(campaign: Campaign, round_index: int) -> None:
 
 
 def feedback(campaign: Campaign, round_index: int) -> None:
-    """Was the base model right about what has been annotated since? Its own answers are there: grade them."""
+    """How sure was the base model of the candidates it was sampled on, and was it right about those annotated since?
+
+    The answers are there, drawn for rehearsal: the first time they are grouped by meaning, then only graded.
+    """
     answers = [campaign.stage("annotate", index) for index in range(round_index)]
     questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
+    before = campaign.stage("feedback", round_index - 1) if round_index > 1 else None
+    source = ("samples", own) if before is None else ("clusters", before)
     config = campaign.config.equivalence
 
     def work(stage: Stage) -> Outcome:
@@ -114,16 +117,17 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             campaign,
             stage,
             partial(build.feedback_host, config, revealed),
-            {"questions": ShardInput(questions.url, ["question_id", "question"]), "samples": ShardInput(own.url)},
+            {"questions": ShardInput(questions.url, ["question_id", "question"]), source[0]: ShardInput(source[1].url)},
             replicas=1,
             cpus=1.0,
             gpus=0.0,
         )
-        return {"num_questions": num_rows(stage), "num_annotated": len(revealed)}, {}
+        return {"num_sampled": num_rows(stage), "num_annotated": len(revealed)}, {}
 
     commit_stage(
-        campaign, "feedback", round_index, config=config.result_fields(), inputs=[questions, own, *answers], work=work
-    )
+        campaign, "feedback", round_index, config=config.result_fields(),
+        inputs=[questions, source[1], *answers], work=work,
+    )  # fmt: skip
 
 
 def knowledge(campaign: Campaign, round_index: int) -> None:
@@ -151,9 +155,14 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 rows = read_shard(base.url, name)
                 chosen = shard_states(rows, base)[:, layers_of(base).index(informed.layer)]
                 then = dict(zip(rows["question_id"].to_pylist(), informed.predict_logit(chosen), strict=True))
-                score = combine(np.array([then.get(question_id, 0.0) for question_id in ids]), [*later, logits])
+                sampled = read_shard(graded[0].url, name, ["question_id", "semantic_ids"])
+                score = combine(
+                    np.array([then.get(question_id, 0.0) for question_id in ids]),
+                    [*later, logits],
+                    _own_doubt(by_id(sampled, "semantic_ids"), ids),
+                )
             else:
-                score = combine(logits, [])
+                score = combine(logits)
             components = fitted.pca(states)
             columns = {
                 "question_id": table["question_id"],
@@ -175,8 +184,13 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
 
 
 def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
-    found = dict(zip(table["question_id"].to_pylist(), table["logit"].to_pylist(), strict=True))
+    found = by_id(table, "logit")
     return np.array([found.get(question_id, 0.0) for question_id in ids])
+
+
+def _own_doubt(semantic_ids: Mapping[str, Sequence[int]], ids: Sequence[str]) -> np.ndarray:
+    counts = [np.bincount(semantic_ids[name]) if name in semantic_ids else np.zeros(1, int) for name in ids]
+    return doubt(np.array([count.max() for count in counts]), np.array([count.sum() for count in counts]))
 
 
 def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) -> Probe:
@@ -193,13 +207,13 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
     wrong = {
         row["question_id"]: (not row["correct"], "train")
         for row in graded.table(["question_id", "correct"]).to_pylist()
+        if row["correct"] is not None
     }
     layer = campaign.stage("probe", 0).require().metrics["layer"]
-    ids, states = states_of(base, [*labels, *wrong])
+    ids, states = states_of(base, [*labels, *wrong], layer)
     known = labels | wrong
-    position = layers_of(base).index(layer)
     return fit_probe(
-        states[:, [position]],
+        states,
         np.array([known[question_id][0] for question_id in ids]),
         [known[question_id][1] for question_id in ids],
         [layer],
@@ -209,7 +223,11 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
 
 
 def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
-    """How well the score finds eval questions that this state answers wrongly, among facts not annotated yet."""
+    """How well the score finds eval questions that this state answers wrongly, among facts not annotated yet.
+
+    It is the candidates that are ranked: an eval question is judged by the score of its fact's candidate, and only
+    where the pool names no facts, or none in common, by its own.
+    """
     names = sorted(stage.finished_shards())
     table = pa.concat_tables(
         [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown"]) for name in names]
@@ -217,11 +235,12 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     scored = table.filter(pc.equal(table["split"], "eval"))
     candidates = table.filter(pc.equal(table["split"], "candidate"))
     fact_of = facts(campaign)
+    ranked = {fact_of[name]: score for name, score in by_id(candidates, "score").items() if fact_of[name] is not None}
     annotated = {fact_of[name] for name in annotated_ids(campaign, round_index)} - {None}
     correct = eval_grades(campaign, round_index)
     pairs = [
-        (not correct[name], score)
-        for name, score in zip(scored["question_id"].to_pylist(), scored["score"].to_pylist(), strict=True)
+        (not correct[name], ranked.get(fact_of[name], own))
+        for name, own in by_id(scored, "score").items()
         if name in correct and fact_of[name] not in annotated
     ]
     metrics: dict[str, Any] = {

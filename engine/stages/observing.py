@@ -15,11 +15,7 @@ from actors.sampler import ObservePlan
 from engine import build
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
-from engine.stages.tables import (
-    adapter_input,
-    eval_grades,
-    num_rows,
-)
+from engine.stages.tables import adapter_input, by_id, eval_grades, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 
 
@@ -100,7 +96,7 @@ def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict
     if probed.num_rows:
         metrics["mean_semantic_entropy"] = pc.mean(probed["semantic_entropy"]).as_py()
     if graded.num_rows:
-        correct = dict(zip(graded["question_id"].to_pylist(), graded["correct"].to_pylist(), strict=True))
+        correct = by_id(graded, "correct")
         accuracy = proportion_with_ci(np.array(list(correct.values()), dtype=bool))
         metrics |= {"accuracy": accuracy.value, "accuracy_ci": [accuracy.low, accuracy.high]}
         metrics["exact_match"] = pc.mean(graded["exact_match"].cast(pa.float32())).as_py()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pyarrow as pa
 
 from actors.pool_reader import read_pool
-from engine.artifacts import Stage, filesystem, fingerprint, shard_name, write_shard
+from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from ka2l.errors import BudgetError
+from ka2l.errors import BudgetError, PoolError
+from ka2l.pool_sources import content_identity
 
 
 def pool(campaign: Campaign) -> None:
@@ -49,17 +50,15 @@ def pool(campaign: Campaign) -> None:
 
 
 def _source_identity(campaign: Campaign) -> str:
-    """What the pool's files are, never where they lie. A pool that is committed outlives its source."""
-    files, path = filesystem(campaign.pool_path)
-    info = files.get_file_info(path)
-    if info.type == pa.fs.FileType.Directory:
-        infos = files.get_file_info(pa.fs.FileSelector(path, recursive=True))
-        return fingerprint(files=sorted([item.base_name, item.size] for item in infos))
-    if info.type == pa.fs.FileType.File:
-        with files.open_input_stream(path) as stream:
-            return fingerprint(start=stream.read(1 << 20).hex(), size=info.size)
-    committed = campaign.stage("questions").manifest()
-    return fingerprint(name=campaign.pool_path) if committed is None else committed.config["source"]
+    """What the pool's files hold, never where they lie. A pool that is committed outlives its source."""
+    try:
+        return content_identity(campaign.pool_path)
+    except PoolError:
+        committed = campaign.stage("questions").manifest()
+        if committed is None:
+            raise
+        identity: str = committed.config["source"]
+        return identity
 
 
 def check_budget(campaign: Campaign) -> None:

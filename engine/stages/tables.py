@@ -32,16 +32,21 @@ def make_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
+def by_id(table: pa.Table, column: str) -> dict[str, Any]:
+    """The column's value of each question."""
+    return dict(zip(table["question_id"].to_pylist(), table[column].to_pylist(), strict=True))
+
+
 def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
     """Whether each eval question was answered right in a round."""
     table = campaign.stage("cluster", round_index).table(["question_id", "purpose", "correct"])
     table = table.filter(pc.equal(table["purpose"], "eval"))
-    return dict(zip(table["question_id"].to_pylist(), table["correct"].to_pylist(), strict=True))
+    return by_id(table, "correct")
 
 
 def facts(campaign: Campaign) -> dict[str, str | None]:
     table = campaign.stage("questions").table(["question_id", "fact"])
-    return dict(zip(table["question_id"].to_pylist(), table["fact"].to_pylist(), strict=True))
+    return by_id(table, "fact")
 
 
 def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
@@ -51,15 +56,19 @@ def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
     return ids
 
 
-def states_of(extracted: Stage, wanted: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Ids, sorted, and states (num_questions, num_layers, width) of the wanted questions that have some."""
+def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Ids, sorted, and states of the wanted questions that have some.
+
+    The states' shape is (num_questions, num_layers, width), with ``num_layers`` 1 where one ``layer`` is asked for.
+    """
     ids: list[str] = []
     states = []
+    kept = slice(None) if layer is None else [layers_of(extracted).index(layer)]
     for name in extracted.shard_names():
         table = read_shard(extracted.url, name)
         table = table.filter(pc.is_in(table["question_id"], pa.array(wanted, pa.string())))
         ids += table["question_id"].to_pylist()
-        states.append(shard_states(table, extracted))
+        states.append(shard_states(table, extracted)[:, kept])
     order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
     return [ids[index] for index in order], np.concatenate(states)[order]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +11,7 @@ from actors.shards import wait_until_free
 from actors.trainer import run_canary, run_training, write_rows
 from engine.artifacts import Stage
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import (
-    adapter_input,
-)
+from engine.stages.tables import adapter_input, by_id
 from ka2l.canary import check_canary
 from ka2l.models import load_tokenizer
 from ka2l.prompts import Prompter
@@ -34,8 +30,7 @@ def tune(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         log = campaign.log_path(stage)
-        scratch = Path(tempfile.mkdtemp(prefix="ka2l-tune-"))
-        try:
+        with campaign.run.scratch() as scratch:
             prompter = Prompter(load_tokenizer(campaign.model), config.prompt)
             rows = _training_rows(campaign, answers, own, prompter)
             write_rows(rows, str(scratch / "rows.jsonl"))
@@ -49,8 +44,6 @@ def tune(campaign: Campaign, round_index: int) -> None:
                 if file.is_file():
                     stage.write_file(f"adapter/{file.name}", file.read_bytes())
             stage.write_file("adapter/canary.json", json.dumps(canary).encode())
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         shown = {key: canary[key] for key in ("max_logit_difference", "num_changed_tokens")}
         sources = {row.question_id: row.source for row in rows}
         counts = {f"num_{kind}": list(sources.values()).count(kind) for kind in ("annotation", "rehearsal")}
@@ -65,7 +58,7 @@ def tune(campaign: Campaign, round_index: int) -> None:
 
 def _training_rows(campaign: Campaign, answers: Sequence[Stage], own: Stage, prompter: Prompter) -> list[Any]:
     table = campaign.stage("questions").table(["question_id", "question"])
-    text_of = dict(zip(table["question_id"].to_pylist(), table["question"].to_pylist(), strict=True))
+    text_of = by_id(table, "question")
     annotated = [
         (row["question_id"], prompter.text(row["question"]), row["answers"][0])
         for stage in answers

@@ -120,3 +120,27 @@ def test_a_shard_without_samples_gives_an_empty_table() -> None:
     rows, stats = cluster([])
     assert rows == {}
     assert stats["num_pairs_full"] == 0
+
+
+def test_groups_that_were_made_before_are_only_graded() -> None:
+    """As the feedback stage does from its second time on: what was graded stays, what is newly annotated is graded."""
+    samples = [sample("candidate", "rehearsal", i, answer) for i, answer in enumerate(["Oslo", "Oslo", "Quito"])]
+    samples += [sample("seed-1", "rehearsal", i, "Lima") for i in range(2)]
+    questions = pa.Table.from_pylist([{"question_id": a, "question": b} for a, b in QUESTIONS.items()])
+    host = ScorerHost(LexicalEquivalence(), ("rehearsal",), {"seed-1": ["Oslo"]})
+    first, stats = host.process({"questions": questions, "samples": pa.Table.from_pylist(samples, schema=SAMPLES)})
+    assert stats["num_pairs_full"] > 0
+    host = ScorerHost(LexicalEquivalence(), ("rehearsal",), {"seed-1": ["Lima"], "candidate": ["Oslo"]})
+    second, stats = host.process({"questions": questions, "clusters": first})
+    assert "num_pairs_full" not in stats
+    assert second.drop_columns(["correct", "exact_match", "token_f1"]) == first.drop_columns(
+        ["correct", "exact_match", "token_f1"]
+    )
+    assert dict(zip(first["question_id"].to_pylist(), first["correct"].to_pylist(), strict=True)) == {
+        "candidate": None,
+        "seed-1": False,
+    }
+    assert dict(zip(second["question_id"].to_pylist(), second["correct"].to_pylist(), strict=True)) == {
+        "candidate": True,
+        "seed-1": False,
+    }

@@ -84,6 +84,8 @@ def of_stages(files: dict[str, bytes]) -> dict[str, bytes]:
         ({"tuning": {"adapter": {"rank": 4}}}, "unknown key 'tuning.adapter.rank'"),
         ({"rounds": "many"}, "rounds: Input should be a valid integer"),
         ({"model": {"path": "/no/such/model"}}, "model directory /no/such/model does not exist"),
+        ({"ray": {"address": "127.0.0.1:9"}}, "no Ray cluster answers at 127.0.0.1:9"),
+        ({"sampler": {"num_samples": 1}}, "sampler.num_samples: Input should be greater than or equal to 2"),
         ({"pool": {"path": "/no/such/pool.jsonl"}}, "pool.path '/no/such/pool.jsonl': no JSONL or Parquet file there"),
         ({"tuning": {"adapter": {"target_modules": ["no_such_module"]}}}, "has no module named 'no_such_module'"),
         ({"tuning": {"adapter": {"target_modules": ".*no_such"}}}, "LoRA cannot be put on the model"),

@@ -1,19 +1,22 @@
-"""Evidence over model states."""
+"""Evidence over model states, and what the base model's own samples add."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
-from ka2l.evidence import combine
+from ka2l.evidence import combine, doubt
 
 
 def test_the_base_model_alone_is_its_own_evidence() -> None:
-    assert combine(np.array([-1.0, 0.5, 2.0]), []) == pytest.approx([-1.0, 0.5, 2.0])
+    assert combine(np.array([-1.0, 0.5, 2.0])) == pytest.approx([-1.0, 0.5, 2.0])
 
 
-def test_states_weigh_the_same() -> None:
-    assert combine(np.array([4.0, 0.0]), [np.array([1.0, 3.0]), np.array([1.0, 3.0])]) == pytest.approx([2.0, 2.0])
+def test_later_states_together_weigh_half_as_much_as_the_base_model() -> None:
+    later = [np.array([1.0, 3.0]), np.array([3.0, 3.0])]
+    assert combine(np.array([4.0, 0.0]), later) == pytest.approx([(4 + 0.5 * 2) / 1.5, (0 + 0.5 * 3) / 1.5])
 
 
 def test_a_later_state_that_is_sure_of_everything_keeps_the_base_models_order() -> None:
@@ -21,6 +24,25 @@ def test_a_later_state_that_is_sure_of_everything_keeps_the_base_models_order() 
     assert np.argsort(combine(base, [np.full(3, -40.0)])).tolist() == np.argsort(base).tolist()
 
 
-def test_one_state_cannot_outvote_all_others_by_an_extreme() -> None:
-    score = combine(np.array([-2.0, 2.0]), [np.array([1e9, 0.0]), np.array([-2.0, 2.0]), np.array([-2.0, 2.0])])
+def test_no_expert_can_outvote_all_others_by_an_extreme() -> None:
+    score = combine(np.array([-3.0, 3.0]), [np.array([1e9, 0.0])], np.array([-3.0, 3.0]))
     assert score[0] < score[1]
+
+
+def test_own_doubt_weighs_as_much_as_the_base_models_probe() -> None:
+    assert combine(np.array([2.0, -2.0]), own_doubt=np.array([-1.0, 0.0])) == pytest.approx([0.5, -1.0])
+
+
+def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None:
+    later = [np.array([1.0, 1.0])]
+    score = combine(np.array([2.0, 2.0]), later, np.array([np.nan, 0.0]))
+    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 0) / 2.5])
+
+
+def test_doubt_is_the_log_odds_of_disagreeing_with_oneself() -> None:
+    found = doubt(np.array([10, 5, 1]), np.array([10, 10, 10]))
+    assert found == pytest.approx([math.log(0.5 / 10.5), 0.0, math.log(9.5 / 1.5)])
+
+
+def test_one_answer_or_none_shows_no_doubt() -> None:
+    assert np.isnan(doubt(np.array([0, 1]), np.array([0, 1]))).all()

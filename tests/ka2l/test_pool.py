@@ -34,7 +34,16 @@ from ka2l.pool import (
     questions_table,
     references_table,
 )
-from ka2l.pool_sources import KNOWN_DATASETS, BadRow, find_pieces, is_dataset, load_dataset, parse_line, read_piece
+from ka2l.pool_sources import (
+    KNOWN_DATASETS,
+    BadRow,
+    content_identity,
+    find_pieces,
+    is_dataset,
+    load_dataset,
+    parse_line,
+    read_piece,
+)
 from ka2l.pool_splits import CANDIDATE, EVAL, SEED, assign_splits, find_duplicates
 
 CONFIG = PoolConfig(path="pool.jsonl", max_question_chars=100, max_answer_chars=50)
@@ -420,6 +429,29 @@ def test_a_path_with_nothing_there_is_a_pool_error(tmp_path: Path, name: str) ->
     (tmp_path / "empty_folder").mkdir()
     with pytest.raises(PoolError, match="no JSONL or Parquet file there"):
         find_pieces(str(tmp_path / name), REQUIRED)
+
+
+def test_a_pool_is_known_by_what_it_holds_and_not_by_where_it_lies(tmp_path: Path) -> None:
+    line = '{"question": "Where was Ada born?", "answers": ["Lima"]}\n'
+    for place in ("a/first.jsonl", "b/other.jsonl"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).write_text(line * 40_000)  # more than a MiB
+    known = content_identity(str(tmp_path / "a" / "first.jsonl"))
+    for same in (tmp_path / "a", tmp_path / "a" / "*.jsonl", tmp_path / "b" / "other.jsonl"):
+        assert content_identity(str(same)) == known
+    (tmp_path / "b" / "other.jsonl").write_text(line * 39_999 + line.replace("Lima", "Oslo"))
+    assert content_identity(str(tmp_path / "b" / "other.jsonl")) != known
+    (tmp_path / "a" / "second.jsonl").write_text(line)
+    assert content_identity(str(tmp_path / "a")) != known
+
+
+def test_of_a_huge_pool_the_ends_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_sources, "_MAX_HASHED_BYTES", 1)
+    file = tmp_path / "pool.jsonl"
+    file.write_bytes(b"a" * (3 * 2**20))
+    known = content_identity(str(file))
+    file.write_bytes(b"a" * (3 * 2**20 - 1) + b"b")
+    assert content_identity(str(file)) != known
 
 
 def test_a_file_of_another_kind_or_scheme_is_a_pool_error(tmp_path: Path) -> None:

@@ -181,3 +181,24 @@ def test_a_repeated_id_is_refused() -> None:
     candidates.question_ids[3] = "q4"
     with pytest.raises(ValueError, match="twice"):
         pick(candidates, "probe")
+
+
+def worst_first(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """A strategy of a user's own."""
+    indices = np.argsort(candidates.score)[:budget]
+    return Selected(indices, -candidates.score[indices])
+
+
+def test_a_strategy_of_ones_own_chooses() -> None:
+    candidates = make_candidates()
+    config = SelectionConfig(kind="my_package:worst_first", budget=3)
+    chosen = select(candidates, config, 0, worst_first)
+    assert chosen.indices.tolist() == np.argsort(candidates.score)[:3].tolist()
+
+
+def test_a_strategy_of_ones_own_that_repeats_itself_is_refused() -> None:
+    def repeats(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+        return Selected(np.zeros(budget, int), np.zeros(budget))
+
+    with pytest.raises(ConfigError, match="chose 1 questions, and not 3"):
+        select(make_candidates(), SelectionConfig(kind="my_package:repeats", budget=3), 0, repeats)
