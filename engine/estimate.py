@@ -45,13 +45,23 @@ class Prediction(NamedTuple):
     seconds: float
 
 
+class ObserveRate(NamedTuple):
+    """How fast a model state answers."""
+
+    start_s: float
+    """Of the engine, its model and, with an adapter, the check of it."""
+    s_per_token: float
+    """Seconds a generated token."""
+
+
 class Rates(NamedTuple):
     """What the warm-up measured."""
 
     tokens_per_prompt: float
     tokens_per_answer: float
-    observe_start_s: float
-    observe_s_per_token: float
+    base: ObserveRate
+    adapted: ObserveRate
+    """With a LoRA adapter, as in every round but the first: slower, on CPUs by a lot."""
     cluster_s: float
     extract_start_s: float
     extract_s_per_question: float
@@ -100,7 +110,8 @@ def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -
             prompts += counts["candidate"]
         tokens = round(samples * rates.tokens_per_answer)
         asked = round(prompts * rates.tokens_per_prompt)
-        seconds = rates.observe_start_s + tokens * rates.observe_s_per_token
+        rate = rates.adapted if index else rates.base
+        seconds = rate.start_s + tokens * rate.s_per_token
         made.append(Prediction(index, "observe", prompts, 0, asked, tokens, 0, seconds))
         made.append(Prediction(index, "cluster", prompts, 0, 0, 0, 0, rates.cluster_s))
         wanted = min(config.selection.budget, cap - annotated)
@@ -140,14 +151,15 @@ def _warm_up(campaign: Campaign, folder: Path) -> Rates:
         stage(warm, 0)
     for stage in (stages.select, stages.annotate, stages.tune):
         stage(warm, 0)
-    observe, extract, tune = (warm.stage(name, 0).require() for name in ("observe", "extract", "tune"))
+    stages.observe(warm, 1)
+    extract, tune = (warm.stage(name, 0).require() for name in ("extract", "tune"))
     drawn = warm.stage("observe", 0).table(["num_tokens", "num_prompt_tokens"])
     working = tune.metrics["training_seconds"]
     return Rates(
         tokens_per_prompt=pc.mean(drawn["num_prompt_tokens"]).as_py(),
         tokens_per_answer=pc.mean(drawn["num_tokens"]).as_py(),
-        observe_start_s=observe.seconds - observe.cost["generate_seconds"],
-        observe_s_per_token=observe.cost["generate_seconds"] / max(1.0, observe.cost["tokens_generated"]),
+        base=_observe_rate(warm, 0),
+        adapted=_observe_rate(warm, 1),
         cluster_s=warm.stage("cluster", 0).require().seconds,
         extract_start_s=extract.seconds - extract.cost["forward_seconds"],
         extract_s_per_question=extract.cost["forward_seconds"] / len(rows),
@@ -155,6 +167,12 @@ def _warm_up(campaign: Campaign, folder: Path) -> Rates:
         tune_start_s=tune.seconds - working,
         tune_s_per_step=working / tune.metrics["num_steps"],
     )
+
+
+def _observe_rate(campaign: Campaign, round_index: int) -> ObserveRate:
+    observed = campaign.stage("observe", round_index).require()
+    generating = observed.cost["generate_seconds"]
+    return ObserveRate(observed.seconds - generating, generating / max(1.0, observed.cost["tokens_generated"]))
 
 
 def _subset(campaign: Campaign) -> list[dict[str, object]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from engine.config import load_config
-from engine.estimate import Rates, predict
+from engine.estimate import ObserveRate, Rates, predict
 
 RATES = Rates(
     tokens_per_prompt=10.0,
     tokens_per_answer=3.0,
-    observe_start_s=20.0,
-    observe_s_per_token=0.001,
+    base=ObserveRate(20.0, 0.001),
+    adapted=ObserveRate(25.0, 0.002),
     cluster_s=2.0,
     extract_start_s=8.0,
     extract_s_per_question=0.01,
@@ -49,3 +49,11 @@ def test_every_question_is_extracted_in_every_round_that_selects() -> None:
 def test_seconds_are_start_up_plus_work() -> None:
     rows = predict(load_config("quickstart", ["tuning.max_steps=100"]), COUNTS, RATES, 750)
     assert next(row.seconds for row in rows if row.stage == "tune") == 15.0 + 100 * 0.2
+
+
+def test_an_adapted_model_answers_at_its_own_pace() -> None:
+    base, adapted, *_ = [
+        row for row in predict(load_config("quickstart"), COUNTS, RATES, 750) if row.stage == "observe"
+    ]
+    assert base.seconds == 20.0 + base.tokens_generated * 0.001
+    assert adapted.seconds == 25.0 + adapted.tokens_generated * 0.002
