@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ka2l.errors import ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
+from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
@@ -222,6 +222,10 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     try:
         with _ray(config, f"{target.logs()}/driver.log"):
             (loop.probe if only_probe else loop.run)(campaign)
+    except AnnotationsPending as pending:
+        events.emit("run_paused", reason=pending.message)
+        loop.publish(campaign, "paused", pending.message)
+        raise
     except BaseException as error:
         with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
             events.emit("run_stopped", error=repr(error))
@@ -440,7 +444,8 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except KA2LError as error:
-        console.print(f"error: {error}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        word, style = ("paused", "bold yellow") if isinstance(error, AnnotationsPending) else ("error", "bold red")
+        console.print(f"{word}: {error}", style=style, markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.print("interrupted; what is committed is safe: ka2l resume RUN_DIR", highlight=False)

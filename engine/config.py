@@ -42,6 +42,8 @@ class BudgetConfig(Section):
 
     annotations: int | None = Field(None, ge=0)
     """Most annotations over all rounds; null for rounds x selection.budget."""
+    money: float | None = Field(None, ge=0)
+    """Most that annotation may cost over all rounds, in the currency of the annotator's price table."""
 
 
 class RayConfig(Section):

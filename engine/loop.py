@@ -30,10 +30,12 @@ def run(campaign: Campaign) -> None:
     """Run all rounds that are not committed yet, and write the report after each."""
     stages.pool(campaign)
     stages.check_budget(campaign)
+    reason = None
     rounds = campaign.config.rounds
     for round_index in range(rounds):
-        if campaign.num_left(round_index) == 0:
-            campaign.events.say("The annotation budget is used up.")
+        reason = campaign.used_up(round_index)
+        if reason is not None:
+            campaign.events.say(reason)
             rounds = round_index
             break
         probe_round(campaign, round_index)
@@ -44,7 +46,7 @@ def run(campaign: Campaign) -> None:
         publish(campaign, "running")
     stages.observe(campaign, rounds)
     stages.cluster(campaign, rounds)
-    publish(campaign, "complete")
+    publish(campaign, "complete", reason)
 
 
 def probe(campaign: Campaign) -> None:
@@ -66,7 +68,7 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
     stages.knowledge(campaign, round_index)
 
 
-def publish(campaign: Campaign, status: str) -> None:
+def publish(campaign: Campaign, status: str, reason: str | None = None) -> None:
     """Bring ledger, summary and report up to date with what is committed."""
     write_ledger(campaign.run)
-    write_report(campaign.run, status)
+    write_report(campaign.run, status, reason)

@@ -39,17 +39,18 @@ _PURPOSES = {
 }
 
 
-def write_report(run: RunDirectory, status: str | None = None) -> dict[str, Any]:
+def write_report(run: RunDirectory, status: str | None = None, reason: str | None = None) -> dict[str, Any]:
     """Write ``report.html`` and ``summary.json`` from what is committed; reads files only.
 
     Args:
         run: the run directory.
         status: running | paused | complete | failed; None keeps what an earlier ``summary.json`` says.
+        reason: why the run stopped or pauses, where that is not simply its end.
 
     Returns:
         The content of ``summary.json``.
     """
-    data = collect(run, status)
+    data = collect(run, status, reason)
     content = summary(data)
     run.write_text("report.html", render(data))
     run.write_json("summary.json", content)

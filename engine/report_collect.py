@@ -42,12 +42,13 @@ class _Grade(NamedTuple):
     answer: str
 
 
-def collect(run: RunDirectory, status: str | None = None) -> ReportData:
+def collect(run: RunDirectory, status: str | None = None, reason: str | None = None) -> ReportData:
     """Read what a run has committed so far.
 
     Args:
         run: the run directory; a folder without any stage is a run that has just begun.
         status: running | paused | complete | failed; None takes it from an earlier ``summary.json``, else running.
+        reason: why it stopped or pauses; with ``status`` None taken from an earlier ``summary.json``, too.
     """
     reader = Reader(run)
     config_text = reader.text("config.yaml")
@@ -57,6 +58,7 @@ def collect(run: RunDirectory, status: str | None = None) -> ReportData:
     data = ReportData(
         name=str(config.get("name") or run.url.rstrip("/").rsplit("/", 1)[-1]),
         status=status or str(earlier.get("status") or "running"),
+        reason=reason if status else earlier.get("reason"),
         model=str(model.get("path", "")) if isinstance(model, dict) else str(model or ""),
         command="probe" if reader.text("mode").strip() == "probe" else "run",
         location=run.url,

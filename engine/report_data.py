@@ -144,6 +144,8 @@ class ReportData:
     name: str
     status: str = "running"
     """running | paused | complete | failed."""
+    reason: str | None = None
+    """Why the run stopped or pauses, where that is not simply its end."""
     model: str = ""
     command: str = "run"
     """run | probe: what made it, as in ``ka2l run``."""
@@ -252,6 +254,7 @@ def summary(data: ReportData) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "name": data.name,
         "status": data.status,
+        "reason": data.reason,
         "model": data.model,
         "num_annotated": data.num_annotated,
         "num_candidates": data.num_candidates,
