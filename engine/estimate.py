@@ -105,7 +105,7 @@ def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -
             own = 1 if config.tuning.rehearsal_labels == "greedy" else config.tuning.num_rehearsal_samples
             samples += rehearsed * own
             prompts += rehearsed
-        if config.selection.kind == "semantic_entropy":
+        if config.selection.kind == "semantic_entropy" and index < config.rounds:
             samples += counts["candidate"] * config.sampler.num_samples
             prompts += counts["candidate"]
         tokens = round(samples * rates.tokens_per_answer)

@@ -30,7 +30,8 @@ def observe(campaign: Campaign, round_index: int) -> None:
         num_rehearsal=(1 if greedy else config.tuning.num_rehearsal_samples) if rehearsal else 0,
         rehearsal_share=config.tuning.rehearsal,
         rehearsal_greedy=greedy,
-        probe_candidates=config.selection.kind == "semantic_entropy",
+        # The last observation only measures: nothing is selected after it.
+        probe_candidates=config.selection.kind == "semantic_entropy" and round_index < config.rounds,
     )
     adapter = campaign.adapter_dir(round_index)
     canary = None if adapter is None else json.loads((Path(adapter) / "canary.json").read_text())
