@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
 from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
+    from engine.artifacts import RunDirectory
+    from ka2l.annotation_human import Task
 
 
 def plugin(kind: str) -> Any:
@@ -154,11 +156,33 @@ def strategy(config: SelectionConfig) -> Strategy:
     return found
 
 
-def annotator(config: AnnotatorConfig, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> Annotator:
+class AnnotationContext(NamedTuple):
+    """What an annotator may need of the run."""
+
+    run: RunDirectory
+    round_index: int
+    reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]
+    """Looks up reference answers of question ids."""
+    make_tasks: Callable[[Sequence[str]], list[Task]]
+    """What people are shown of question ids."""
+    equivalence: EquivalenceConfig
+
+
+def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
     """The annotator of ``annotator.kind``."""
     match config.kind:
         case "reference":
-            return ReferenceAnnotator(reveal)
+            return ReferenceAnnotator(context.reveal)
+        case "human":
+            from engine.human import HumanAnnotator
+
+            return HumanAnnotator(
+                context.run,
+                context.round_index,
+                config.task_format,
+                context.make_tasks,
+                equivalence(context.equivalence),
+            )
         case kind:
             made: Annotator = plugin(kind)(config)
             return made

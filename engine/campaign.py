@@ -17,7 +17,7 @@ from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
 from engine.events import Events
-from ka2l.errors import KA2LError, StageFailedError
+from ka2l.errors import AnnotationsPending, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
 
@@ -175,6 +175,9 @@ def commit_stage(
             seed=campaign.config.seed,
             seconds=time.perf_counter() - started,
         )
+    except AnnotationsPending as pending:
+        campaign.events.emit("stage_paused", stage=name, round=round_index, reason=pending.message)
+        raise
     except KA2LError as error:
         with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
             campaign.events.emit("stage_failed", stage=name, round=round_index, error=str(error))

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from ka2l.section import Section
+
+TaskFormat = Literal["jsonl", "csv", "label_studio"]
 
 
 class AnnotatorConfig(Section):
     """Who answers selected questions."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("reference",)
+    KINDS: ClassVar[tuple[str, ...]] = ("reference", "human")
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format"})
 
     kind: str = "reference"
-    """``reference``: the pool's own answers, revealed only for what was selected."""
+    """``reference``: the pool's own answers, revealed only for what was selected; ``human``: the run pauses until
+    people have answered, in a file or on a local web page; ``module:Class``: an annotator of your own."""
+    task_format: TaskFormat = "jsonl"
+    """Of the file that people fill in: ``jsonl``, ``csv`` (spreadsheets) or ``label_studio``."""
 
 
 class Annotation(NamedTuple):
@@ -33,6 +39,9 @@ class Annotation(NamedTuple):
 class Annotator(Protocol):
     """Answers questions by id; asking for the same id again must give the same answer and cost nothing more."""
 
+    batch_size: int
+    """Questions that are asked for together: each batch's answers are kept before the next is asked."""
+
     def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
         """Annotations for a batch of question id -> question; questions that are refused are left out."""
 
@@ -43,6 +52,8 @@ class ReferenceAnnotator:
     Args:
         reveal: looks up the reference answers of the given question ids, and of those alone.
     """
+
+    batch_size = 256
 
     def __init__(self, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> None:
         self.reveal = reveal

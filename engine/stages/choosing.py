@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,12 +13,11 @@ from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import by_id, make_table, num_rows, states_of
+from ka2l.annotation_human import Task
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
 from ka2l.selection import select as select_candidates
-
-_ANNOTATION_BATCH = 256
 
 
 def select(campaign: Campaign, round_index: int) -> None:
@@ -86,11 +86,16 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         return by_id(rows, "answers")
 
     def work(stage: Stage) -> Outcome:
-        annotator = build.annotator(campaign.config.annotator, reveal)
+        def make_tasks(ids: Sequence[str]) -> list[Task]:
+            return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
+
+        context = build.AnnotationContext(campaign.run, round_index, reveal, make_tasks, campaign.config.equivalence)
+        annotator = build.annotator(campaign.config.annotator, context)
         table = questions.table(["question_id", "question"])
         text_of = by_id(table, "question")
         ids = chosen.table(["question_id"])["question_id"].to_pylist()
-        batches = [ids[start : start + _ANNOTATION_BATCH] for start in range(0, len(ids), _ANNOTATION_BATCH)]
+        size = min(annotator.batch_size, max(1, len(ids)))
+        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
         with campaign.events.progress(stage.label, len(ids), "questions") as progress:
             for index, batch in enumerate(batches):
@@ -109,3 +114,22 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         campaign, "annotate", round_index, config=campaign.config.annotator.result_fields(),
         inputs=[questions, references, chosen], work=work,
     )  # fmt: skip
+
+
+def _tasks(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> list[Task]:
+    """What people see of some questions: the base model's own answers to them, and what the probe thinks."""
+    wanted = pa.array(list(text_of), pa.string())
+    drawn = campaign.stage("observe", 0).table(["question_id", "purpose", "answer"])
+    sampled = pc.and_(pc.is_in(drawn["question_id"], wanted), pc.not_equal(drawn["purpose"], "eval"))
+    answers: dict[str, Counter[str]] = {}
+    for row in drawn.filter(sampled).to_pylist():
+        answers.setdefault(row["question_id"], Counter())[row["answer"]] += 1
+    p_unknown = by_id(campaign.stage("knowledge", round_index).table(["question_id", "p_unknown"]), "p_unknown")
+    groups = campaign.stage("feedback", round_index)
+    entropy: Mapping[str, float] = {}
+    if groups.manifest() is not None:
+        entropy = by_id(groups.table(["question_id", "semantic_entropy"]), "semantic_entropy")
+    return [
+        Task(name, text, answers.get(name, Counter()).most_common(), p_unknown.get(name), entropy.get(name))
+        for name, text in text_of.items()
+    ]
