@@ -80,3 +80,33 @@ class Prompter:
     def token_ids(self, question: str) -> list[int]:
         """The prompt's tokens. A rendered chat prompt already holds its special tokens, so none are added there."""
         return list(self.tokenizer(self.text(question), add_special_tokens=not self.is_chat)["input_ids"])
+
+
+# --- for a teacher ---------------------------------------------------------------------------------------------------
+
+TEACHER_INSTRUCTION = (
+    "Answer the question below as briefly as possible: a name, a number, a date or a short phrase, never a sentence. "
+    "Give the answer you would prefer first, then other wordings of the same answer that a grader should accept, if "
+    "there are any. Never list different answers."
+)
+ABSTAIN_INSTRUCTION = (
+    "If you do not know the answer, or the question has no single short answer, set abstain to true and give no "
+    "answers. Otherwise set abstain to false."
+)
+ALWAYS_ANSWER_INSTRUCTION = "Always answer: set abstain to false."
+
+
+def teacher_messages(question: str, allow_abstain: bool = True) -> list[dict[str, str]]:
+    """Asks a teacher for the short answers of a question, as a conversation of one user turn (not every model takes a
+    system role)."""
+    rule = ABSTAIN_INSTRUCTION if allow_abstain else ALWAYS_ANSWER_INSTRUCTION
+    return [{"role": "user", "content": f"{TEACHER_INSTRUCTION} {rule}\n\nQuestion: {question}"}]
+
+
+def json_instruction(schema: str) -> str:
+    """What follows a prompt where an endpoint cannot be held to a JSON schema.
+
+    Args:
+        schema: the schema as JSON.
+    """
+    return f"Reply with one JSON object and nothing else: no explanation, no code fence. Its JSON schema:\n{schema}"
