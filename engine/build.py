@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
@@ -156,6 +157,33 @@ def strategy(config: SelectionConfig) -> Strategy:
     return found
 
 
+def _teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
+    """A teacher whose answers and bills are kept in the run's journal, over all rounds."""
+    from engine.journal import open_journal
+    from ka2l.annotation_teacher import TeacherAnnotator
+    from ka2l.teacher import Teacher
+    from ka2l.teacher_batch import collect_batch
+    from ka2l.teacher_limits import MoneyCap
+
+    assert config.teacher is not None
+    key = os.environ.get(config.teacher.api_key_env, "") if config.teacher.api_key_env else ""
+    if config.teacher.api_key_env and not key:
+        raise ConfigError(
+            f"environment variable {config.teacher.api_key_env} is empty",
+            hint="annotator.teacher.api_key_env names it; null for an endpoint that asks for no key.",
+        )
+    journal = open_journal(context.run, "teacher")
+    cap = MoneyCap(context.money)
+    for name, record in journal.items():
+        cap.count(name, record.get("cost", 0.0))
+    same = equivalence(context.equivalence)
+    if config.batch_api:
+        made = TeacherAnnotator(config.teacher, partial(collect_batch, config.teacher, key, journal, cap=cap), same)
+        made.batch_size = 2**31  # one job
+        return made
+    return TeacherAnnotator(config.teacher, Teacher(config.teacher, key, journal, cap).ask, same)
+
+
 class AnnotationContext(NamedTuple):
     """What an annotator may need of the run."""
 
@@ -166,6 +194,8 @@ class AnnotationContext(NamedTuple):
     make_tasks: Callable[[Sequence[str]], list[Task]]
     """What people are shown of question ids."""
     equivalence: EquivalenceConfig
+    money: float | None
+    """Most that the whole run may spend on annotation."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
@@ -173,6 +203,8 @@ def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
     match config.kind:
         case "reference":
             return ReferenceAnnotator(context.reveal)
+        case "teacher":
+            return _teacher(config, context)
         case "human":
             from engine.human import HumanAnnotator
 

@@ -79,18 +79,20 @@ class Campaign:
         cap = self.config.budget.annotations
         return wanted if cap is None else min(wanted, cap)
 
-    def money_spent(self, before_round: int) -> float:
-        """What annotation has cost in rounds before ``before_round``, in the currency of the price table."""
-        return sum(self.stage("annotate", r).require().cost.get("money", 0.0) for r in range(before_round))
-
     def used_up(self, round_index: int) -> str | None:
         """Which cap leaves nothing for this round, in a sentence; None where none does."""
-        budget = self.config.budget
         if self.num_left(round_index) == 0:
             return f"The budget of {self.budget_cap():,} annotations is used up."
-        if round_index and self.stage("annotate", round_index - 1).require().metrics.get("stopped") == "money":
-            return f"The budget of {budget.money:g} for annotation is used up."
-        return None
+        return self.money_reason(round_index - 1) if round_index else None
+
+    def money_reason(self, round_index: int) -> str | None:
+        """That the cap on money ended a round's annotation early, in a sentence; None where it did not."""
+        annotated = self.stage("annotate", round_index).require()
+        if annotated.metrics.get("stopped") != "money":
+            return None
+        unasked = annotated.metrics["num_not_asked"]
+        cap = self.config.budget.money
+        return f"The budget of {cap:g} for annotation is used up; {unasked:,} selected questions were not asked."
 
     def num_left(self, round_index: int) -> int:
         """Questions this round may select."""

@@ -42,6 +42,11 @@ def run(campaign: Campaign) -> None:
         stages.select(campaign, round_index)
         # decode comes here: unknown hidden states to new questions, which are annotated with the selected ones
         stages.annotate(campaign, round_index)
+        reason = campaign.money_reason(round_index)
+        if campaign.num_annotated(round_index + 1) == campaign.num_annotated(round_index):
+            campaign.events.say(reason or "The annotator refused every question of this round.")
+            rounds = round_index
+            break
         stages.tune(campaign, round_index)
         publish(campaign, "running")
     stages.observe(campaign, rounds)

@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
+from pydantic import model_validator
+
 from ka2l.section import Section
+from ka2l.teacher_config import TeacherConfig
 
 TaskFormat = Literal["jsonl", "csv", "label_studio"]
 
@@ -14,14 +17,25 @@ TaskFormat = Literal["jsonl", "csv", "label_studio"]
 class AnnotatorConfig(Section):
     """Who answers selected questions."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("reference", "human")
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format"})
+    KINDS: ClassVar[tuple[str, ...]] = ("reference", "teacher", "human")
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format", "batch_api"})
 
     kind: str = "reference"
-    """``reference``: the pool's own answers, revealed only for what was selected; ``human``: the run pauses until
-    people have answered, in a file or on a local web page; ``module:Class``: an annotator of your own."""
+    """``reference``: the pool's own answers, revealed only for what was selected; ``teacher``: a language model behind
+    an endpoint; ``human``: the run pauses until people have answered, in a file or on a local web page;
+    ``module:Class``: an annotator of your own."""
     task_format: TaskFormat = "jsonl"
     """Of the file that people fill in: ``jsonl``, ``csv`` (spreadsheets) or ``label_studio``."""
+    teacher: TeacherConfig | None = None
+    """Which model is asked, and how; for ``teacher``."""
+    batch_api: bool = False
+    """Hand questions in through the endpoint's Batch API, which is cheaper: the run pauses until they are answered."""
+
+    @model_validator(mode="after")
+    def _has_teacher(self) -> AnnotatorConfig:
+        if self.kind == "teacher" and self.teacher is None:
+            raise ValueError("kind teacher needs annotator.teacher.model, and base_url where that is not OpenAI's")
+        return self
 
 
 class Annotation(NamedTuple):

@@ -43,6 +43,7 @@ class TeacherAnnotator:
         equivalence: Equivalence,
     ) -> None:
         self.config = config
+        self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}

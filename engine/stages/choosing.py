@@ -89,26 +89,45 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         def make_tasks(ids: Sequence[str]) -> list[Task]:
             return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
 
-        context = build.AnnotationContext(campaign.run, round_index, reveal, make_tasks, campaign.config.equivalence)
-        annotator = build.annotator(campaign.config.annotator, context)
+        config = campaign.config
+        context = build.AnnotationContext(
+            campaign.run, round_index, reveal, make_tasks, config.equivalence, config.budget.money
+        )
+        annotator = build.annotator(config.annotator, context)
         table = questions.table(["question_id", "question"])
         text_of = by_id(table, "question")
         ids = chosen.table(["question_id"])["question_id"].to_pylist()
         size = min(annotator.batch_size, max(1, len(ids)))
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
+        refused: Counter[str] = Counter()
+        stopped, num_not_asked = None, 0
         with campaign.events.progress(stage.label, len(ids), "questions") as progress:
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
                     made = annotator.annotate({question_id: text_of[question_id] for question_id in batch})
+                    refusals = getattr(annotator, "refusals", {})
+                    of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
+                    refused.update(refusal.reason for refusal in of_batch)
+                    money = sum(row.cost for row in [*made, *of_batch])
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
-                    spent = {"annotations": float(len(made)), "money": float(sum(row.cost for row in made))}
-                    write_shard(stage.url, name, rows, spent)
+                    write_shard(stage.url, name, rows, {"annotations": float(len(made)), "money": float(money)})
                     campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
+                    stopped = getattr(annotator, "stopped", None)
                 progress.advance(len(batch))
+                if stopped:
+                    rest = sum(len(later) for later in batches[index + 1 :])
+                    num_not_asked = len(batch) - len(made) - len(of_batch) + rest
+                    break
         num_annotated = num_rows(stage)
-        return {"num_annotated": num_annotated, "num_refused": len(ids) - num_annotated}, {}
+        return {
+            "num_annotated": num_annotated,
+            "num_refused": len(ids) - num_annotated - num_not_asked,
+            "refused": dict(refused.most_common(10)),
+            "num_not_asked": num_not_asked,
+            "stopped": stopped,
+        }, {}
 
     commit_stage(
         campaign, "annotate", round_index, config=campaign.config.annotator.result_fields(),
