@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 CHECKED := ka2l actors engine tests benchmarks
 
-.PHONY: setup quickstart test test-fast check format bench report-screenshot clean
+.PHONY: setup quickstart test test-fast check format bench clean
 
 setup: $(VENV)/.installed
 

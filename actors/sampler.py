@@ -47,6 +47,8 @@ class VLLMSampler:
             allowed = min(r for r in _LORA_RANKS if r >= rank)
             arguments = {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1} | arguments
             self.lora = LoRARequest("adapter", 1, adapter)
+            if not _has_gpu():
+                multiply_one_adapter()
         try:
             self.engine = LLM(model_path, **arguments)
         except (OSError, ValueError) as error:
@@ -232,3 +234,46 @@ def prepare_environment(config: SamplerConfig) -> None:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         # Ray has given this process its cores; vLLM must not pin it to others.
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+
+
+def multiply_one_adapter() -> None:
+    """Make vLLM's LoRA on CPUs multiply by the adapter where there is only one.
+
+    vLLM copies each token's adapter matrices before it multiplies, so that a batch may mix adapters; with one adapter
+    that is the same product, and most of the time of an answer.
+    """
+    from vllm.lora.ops.torch_ops import lora_ops
+    from vllm.lora.punica_wrapper import punica_cpu
+
+    def product(inputs: Any, weights: Any, dtype: Any) -> Any:
+        return inputs.to(dtype) @ weights.flatten(0, -3)[0].to(dtype).T
+
+    def shrink(inputs: Any, weights: Any, output: Any, indices: Any, scaling: float = 1.0) -> None:
+        if len(weights) > 1:
+            return copying["bgmv_shrink"](inputs, weights, output, indices, scaling)
+        made = product(inputs, weights, output.dtype)
+        output[:, : made.shape[1]] = scaling * made
+
+    def expand(inputs: Any, weights: Any, output: Any, indices: Any, add_inputs: bool = True) -> None:
+        if len(weights) > 1:
+            return copying["bgmv_expand"](inputs, weights, output, indices, add_inputs)
+        # Adapter and model may pad their outputs differently.
+        expand_slice(inputs, weights, output, indices, 0, min(weights.shape[-2], output.shape[1]), add_inputs)
+
+    def expand_slice(
+        inputs: Any, weights: Any, output: Any, indices: Any, offset: int, size: int, add_inputs: bool = True
+    ) -> None:
+        if len(weights) > 1:
+            return copying["bgmv_expand_slice"](inputs, weights, output, indices, offset, size, add_inputs)
+        made = product(inputs, weights, output.dtype)[: len(output), :size]
+        if add_inputs:
+            output[:, offset : offset + size] += made
+        else:
+            output[:, offset : offset + size] = made
+
+    copying = {name: getattr(lora_ops, name) for name in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")}
+    if copying["bgmv_shrink"].__module__ == __name__:
+        return  # done before, in this process
+    for name, multiplying in zip(copying, (shrink, expand, expand_slice), strict=True):
+        for module in (lora_ops, punica_cpu):
+            setattr(module, name, multiplying)

@@ -416,3 +416,39 @@ def test_a_request_keeps_its_seed_wherever_it_is_placed() -> None:
     assert [request.seed for request in after] == [before[0].seed]
     _, _, later = observe(POOL, round_index=2)
     assert {request.seed for request in later}.isdisjoint(request.seed for request in before)
+
+
+ADAPTER_PRODUCTS = """
+import torch
+from vllm.lora.ops.torch_ops import lora_ops
+from vllm.lora.punica_wrapper import punica_cpu
+from actors.sampler import multiply_one_adapter
+
+def products(module, a, b, rows):
+    shrunk = torch.zeros(7, 4)
+    module.bgmv_shrink(torch.arange(7 * 6.0).reshape(7, 6).sin(), a, shrunk, rows, 0.5)
+    made = [shrunk]
+    for add in (True, False):
+        made.append(torch.ones(7, 12))  # padded: wider than the adapter's 10
+        module.bgmv_expand(shrunk, b, made[-1], rows, add)
+        made.append(torch.ones(7, 30))
+        module.bgmv_expand_slice(shrunk, b, made[-1], rows, 15, 10, add)
+    return made
+
+torch.manual_seed(0)
+for num_adapters in (1, 2):
+    a, b = torch.randn(num_adapters, 1, 4, 6), torch.randn(num_adapters, 1, 10, 4)
+    rows = torch.tensor([0, 1, 0, 1, 1, 0, 0]) % num_adapters
+    expected = products(lora_ops, a, b, rows) if num_adapters == 1 else [
+        torch.cat([products(punica_cpu, a[row : row + 1], b[row : row + 1], rows * 0)[k][i : i + 1]
+                   for i, row in enumerate(rows.tolist())]) for k in range(5)]
+    multiply_one_adapter()
+    for want, got in zip(expected, products(punica_cpu, a, b, rows), strict=True):
+        torch.testing.assert_close(got, want)
+"""
+
+
+def test_one_adapter_multiplied_gives_what_vllm_gives_by_copying_it_for_each_token() -> None:
+    """And several adapters still go by vLLM's own way."""
+    done = subprocess.run([sys.executable, "-c", ADAPTER_PRODUCTS], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
