@@ -87,7 +87,7 @@ def fingerprints(run_dir: Path) -> dict[str, tuple[str, int]]:
         if path.is_file() and not path.name.startswith((".tmp-", "plan.json")):
             stat = path.stat()
             found[str(path.relative_to(run_dir))] = (hashlib.sha256(path.read_bytes()).hexdigest(), stat.st_mtime_ns)
-    return {name: value for name, value in found.items() if not name.startswith("logs/")}
+    return {name: value for name, value in found.items() if not name.startswith(("logs/", "scratch/"))}
 
 
 def check_kept(run_dir: Path, before: dict[str, tuple[str, int]], committed: set[str], where: str) -> None:
@@ -226,6 +226,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(
     check_history(run_dir)
     check_reveals(run_dir, log.read_text().split())
     check_equal(run_dir, finished.run_dir, range(3))
+    assert not (run_dir / "scratch").exists()
     mine, theirs = (json.loads((path / "summary.json").read_text()) for path in (run_dir, finished.run_dir))
     assert mine["status"] == theirs["status"] == "complete"
     assert untimed(mine["rounds"]) == untimed(theirs["rounds"])
