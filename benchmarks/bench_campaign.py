@@ -6,8 +6,8 @@
     random        750 random annotations, no rehearsal
     everything    all 1,500 candidates annotated
 
-Every seed has a testbed of its own. Round 0 asks the same base model in the first two arms, so its observation and
-probe are made once and shared. Takes about 17 minutes a seed on two cores.
+Every seed has a testbed of its own. Round 0 asks the same base model in three_rounds, one_round and everything, so
+its observation and probe are made once and shared. Takes about 17 minutes a seed on two cores.
 
     python benchmarks/bench_campaign.py --seeds 0 1 2
 """

@@ -143,8 +143,8 @@ def check_partial(run_dir: Path, kill: dict[str, Any]) -> None:
         assert 0 < len(whole) < (3 if stage.name == "annotate" else 6)
 
 
-def check_history(run_dir: Path) -> None:
-    """A committed stage was never begun again, and no shard was written twice."""
+def check_history(run_dir: Path) -> int:
+    """A committed stage was never begun again, and no shard was written twice. Returns how many were written."""
     committed: set[tuple[str, int | None]] = set()
     written: Counter[tuple[str, int | None, str]] = Counter()
     for event in read_events(RunDirectory(run_dir)):
@@ -157,6 +157,7 @@ def check_history(run_dir: Path) -> None:
         elif event["event"] == "shard_written" and event["stage"] in BY_SHARD:
             written[*key, event["shard"]] += 1
     assert max(written.values(), default=1) == 1
+    return len(written)
 
 
 def check_reveals(run_dir: Path, asked: list[str]) -> None:
@@ -223,7 +224,7 @@ def test_a_run_killed_in_every_stage_ends_as_if_it_had_not_been(
     run_dir, log = tmp_path / "run", tmp_path / "asked"
     copy_of_first_round(finished, run_dir)
     survive(ka2l, run_dir, points, log, on_cluster=on_cluster)
-    check_history(run_dir)
+    assert check_history(run_dir)
     check_reveals(run_dir, log.read_text().split())
     check_equal(run_dir, finished.run_dir, range(3))
     assert not (run_dir / "scratch").exists()
