@@ -5,6 +5,7 @@ All paths must be readable from every node the workers run on.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import ray
 
@@ -73,6 +74,63 @@ def run_training(
         ResourcesBusyError: the cluster has no room for the workers.
         StageFailedError: anything else; carries the last lines of the log.
     """
+    arguments = {
+        "model_path": _absolute(model_path),
+        "rows_path": _absolute(rows_path),
+        "config": config.model_dump(),
+        "output_dir": os.path.abspath(output_dir),
+        "seed": seed,
+        "previous_adapter": _absolute(previous_adapter) if previous_adapter else None,
+        "trust_remote_code": trust_remote_code,
+        "chat": chat,
+    }
+    workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker)
+    return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress)
+
+
+def _tune(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from ka2l.tuning import tune
+
+    config = TuningConfig(**arguments.pop("config"))
+    return tune(rows=read_rows(arguments.pop("rows_path")), config=config, progress=report, **arguments).metrics
+
+
+class Workers(NamedTuple):
+    """The Ray Train workers of one training."""
+
+    section: str
+    """Of the config, for messages."""
+    num_workers: int
+    cpus: float
+    """Of each."""
+    gpus: float
+
+
+#: Training in a worker: (arguments, report) -> metrics; rank 0's are handed back.
+Loop = Callable[[dict[str, Any], Callable[[dict[str, Any]], None]], dict[str, Any]]
+
+
+def run_loop(
+    loop: Loop,
+    arguments: dict[str, Any],
+    workers: Workers,
+    scratch_dir: str,
+    log_path: str | None,
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Run ``loop`` on Ray Train workers, with progress, logs, and errors as they were raised.
+
+    Args:
+        loop: a function of a module, which workers import.
+        scratch_dir: folder for Ray Train's own files and the progress file; the caller removes it.
+        log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
+        on_progress: called in a thread of this process with what the loop reports.
+
+    Raises:
+        KA2LError: as a worker raised it.
+        ResourcesBusyError: the cluster has no room for the workers.
+        StageFailedError: anything else; carries the last lines of the log.
+    """
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
@@ -81,11 +139,11 @@ def run_training(
     progress_path = scratch / "progress.jsonl"
     progress_path.unlink(missing_ok=True)
     log = Path(log_path).absolute() if log_path else scratch / "workers.log"
-    resources = {"CPU": config.cpus_per_worker}
-    if config.gpus_per_worker > 0:
-        resources["GPU"] = config.gpus_per_worker
+    resources = {"CPU": workers.cpus}
+    if workers.gpus > 0:
+        resources["GPU"] = workers.gpus
     run_config: Any = RunConfig(
-        name="tune",
+        name="train",
         storage_path=str(scratch / "ray_train"),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_ATTEMPTS - 1),
         logging_config=LoggingConfig(log_level="CRITICAL"),  # every failure reaches the caller as an exception
@@ -93,24 +151,19 @@ def run_training(
     trainer = TorchTrainer(
         cast("Callable[[dict[str, Any]], None]", _train_loop),  # annotated for Train V1, which returns nothing
         train_loop_config={
-            "model_path": _absolute(model_path),
-            "rows_path": _absolute(rows_path),
-            "config": config.model_dump(),
-            "output_dir": os.path.abspath(output_dir),
-            "seed": seed,
-            "previous_adapter": _absolute(previous_adapter) if previous_adapter else None,
-            "trust_remote_code": trust_remote_code,
-            "chat": chat,
+            "loop": loop,
+            "arguments": arguments,
+            "cpus": workers.cpus,
             "log_path": str(log),
             "progress_path": str(progress_path),
         },
         scaling_config=ScalingConfig(
-            num_workers=config.workers, use_gpu=config.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=workers.num_workers, use_gpu=workers.gpus > 0, resources_per_worker=resources
         ),
         run_config=run_config,
     )
     with _Follower(progress_path, on_progress):
-        result = _fit(trainer, config, log)
+        result = _fit(trainer, workers, log)
     return result.return_value
 
 
@@ -121,26 +174,44 @@ def run_canary(arguments: dict[str, Any], *, cpus: float, gpus: float, log_path:
         KA2LError: as `canary` raised it.
         StageFailedError: the process died.
     """
+    work = functools.partial(_canary, arguments)
+    result: dict[str, Any] = run_remote(work, "the canary", cpus, gpus, log_path)
+    return result
+
+
+def _canary(arguments: dict[str, Any]) -> dict[str, Any]:
+    from ka2l.canary import canary
+
+    return canary(**arguments)
+
+
+def run_remote(work: Callable[[], Any], what: str, cpus: float, gpus: float, log_path: str | None) -> Any:
+    """What ``work`` returns, in a process of its own.
+
+    Args:
+        work: a function of a module or a partial of one, which the worker imports.
+        what: names it in messages.
+
+    Raises:
+        KA2LError: as ``work`` raised it.
+        StageFailedError: the process died.
+    """
     try:
-        remote = _canary.options(num_cpus=cpus, num_gpus=gpus)
-        result: dict[str, Any] = ray.get(remote.remote(log_path, arguments))
+        return ray.get(_remote.options(num_cpus=cpus, num_gpus=gpus).remote(log_path, work))
     except ray.exceptions.RayError as error:
         found = original_error(error)
         if isinstance(found, KA2LError):
             raise found from error
-        raise StageFailedError(f"the canary could not run: {_first_line(error)}") from error
-    return result
+        raise StageFailedError(f"{what} could not run: {_first_line(error)}") from error
 
 
 @ray.remote
-def _canary(log_path: str | None, arguments: dict[str, Any]) -> dict[str, Any]:
-    from ka2l.canary import canary
-
+def _remote(log_path: str | None, work: Callable[[], Any]) -> Any:
     redirect_output(log_path)
-    return canary(**arguments)
+    return work()
 
 
-def _fit(trainer: Any, config: TuningConfig, log: Path) -> Any:
+def _fit(trainer: Any, workers: Workers, log: Path) -> Any:
     from ray.train import TrainingFailedError
     from ray.train.v2.api.exceptions import ControllerError
 
@@ -156,12 +227,13 @@ def _fit(trainer: Any, config: TuningConfig, log: Path) -> Any:
             raise known[0] from error
         if isinstance(error, ControllerError):
             raise ResourcesBusyError(
-                f"Ray could not start {config.workers} tuning worker(s) of {config.cpus_per_worker:g} CPU and "
-                f"{config.gpus_per_worker:g} GPU: {_first_line(error.controller_failure)}",
-                hint="Lower tuning.workers, tuning.cpus_per_worker or tuning.gpus_per_worker.",
+                f"Ray could not start {workers.num_workers} {workers.section} worker(s) of {workers.cpus:g} CPU and "
+                f"{workers.gpus:g} GPU: {_first_line(error.controller_failure)}",
+                hint=f"Lower cpus_per_worker or gpus_per_worker of {workers.section}, or its workers.",
             ) from error
         reason = next((f"{type(cause).__name__}: {_first_line(cause)}" for cause in _causes(error)), str(error))
-        raise StageFailedError(f"Tuning failed: {reason}\nLast lines of {log}:\n{_tail(log)}") from error
+        name = workers.section.capitalize()
+        raise StageFailedError(f"{name} failed: {reason}\nLast lines of {log}:\n{_tail(log)}") from error
     finally:
         # Ray Train installs a handler for Ctrl-C and leaves it there.
         if in_main_thread:
@@ -183,19 +255,15 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     """One worker. Its return value on rank 0 is the result of the run."""
     redirect_output(loop_config["log_path"])
-    set_num_threads(loop_config["config"]["cpus_per_worker"])
-    from ka2l.tuning import tune
-
-    config = TuningConfig(**loop_config["config"])
+    set_num_threads(loop_config["cpus"])
 
     def report(progress: dict[str, Any]) -> None:
         with open(loop_config["progress_path"], "a", encoding="utf-8") as file:
             file.write(json.dumps(progress) + "\n")
 
-    keys = ("model_path", "output_dir", "seed", "previous_adapter", "trust_remote_code", "chat")
-    arguments = {key: loop_config[key] for key in keys}
+    loop: Loop = loop_config["loop"]
     try:
-        return tune(rows=read_rows(loop_config["rows_path"]), config=config, progress=report, **arguments).metrics
+        return loop(dict(loop_config["arguments"]), report)
     except Exception:
         # Into the log: Ray hands on the exception alone. Not by print, which Ray Train patches.
         sys.stderr.write(traceback.format_exc())

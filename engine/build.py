@@ -191,6 +191,8 @@ class AnnotationContext(NamedTuple):
     round_index: int
     reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]
     """Looks up reference answers of question ids."""
+    reference_table: str | None
+    """File of further questions with answers."""
     make_tasks: Callable[[Sequence[str]], list[Task]]
     """What people are shown of question ids."""
     equivalence: EquivalenceConfig
@@ -202,7 +204,12 @@ def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
     """The annotator of ``annotator.kind``."""
     match config.kind:
         case "reference":
-            return ReferenceAnnotator(context.reveal)
+            from ka2l.reference_table import read_reference_table
+
+            table = None
+            if context.reference_table is not None:
+                table = read_reference_table(context.reference_table, config.reference_similarity)
+            return ReferenceAnnotator(context.reveal, table)
         case "teacher":
             return _teacher(config, context)
         case "human":

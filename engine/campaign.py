@@ -17,7 +17,7 @@ from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
 from engine.events import Events
-from ka2l.errors import AnnotationsPending, KA2LError, StageFailedError
+from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
 
@@ -56,18 +56,43 @@ class Campaign:
         """Local folder of the adapter that round ``round_index`` asks; None in round 0, which asks the base model."""
         if round_index == 0:
             return None
-        stage = self.stage("tune", round_index - 1)
+        return self._local_folder(self.stage("tune", round_index - 1), "adapter")
+
+    def decoder_dir(self, round_index: int | None) -> str:
+        """Local folder of the decoder that was fitted in a round."""
+        return self._local_folder(self.stage("decoder", round_index), "decoder")
+
+    def _local_folder(self, stage: Stage, name: str) -> str:
+        """A folder of a committed stage; copied to the local disk where the run directory is behind a URL."""
         manifest = stage.verify()
         if self.run.is_local:
-            return f"{stage.path}/adapter"
-        folder = Path(tempfile.gettempdir()) / f"ka2l-adapter-{manifest.fingerprint}"
+            return f"{stage.path}/{name}"
+        folder = Path(tempfile.gettempdir()) / f"ka2l-{name}-{manifest.fingerprint}"
         folder.mkdir(exist_ok=True)
         for entry in manifest.files:
-            if entry.path.startswith("adapter/"):
+            if entry.path.startswith(f"{name}/"):
                 content = self.run.read_bytes(f"{stage.path}/{entry.path}")
                 assert content is not None
                 (folder / Path(entry.path).name).write_bytes(content)
         return str(folder)
+
+    def corpus_path(self) -> str | None:
+        """File of the decoder's further training questions; ``testbed`` resolved to the crowd's."""
+        return self._beside_pool(self.config.decoder.corpus, "background.jsonl")
+
+    def reference_table_path(self) -> str | None:
+        """File that answers decoded questions; ``testbed`` resolved to its facts."""
+        return self._beside_pool(self.config.annotator.reference_table, "answers.parquet")
+
+    def _beside_pool(self, path: str | None, name: str) -> str | None:
+        if path != "testbed":
+            return path
+        if self.config.pool.path != "testbed":
+            raise ConfigError(
+                f"{path!r} as decoder.corpus or annotator.reference_table goes with pool.path testbed alone",
+                hint="Name a file of your own, or set decoder.kind=none.",
+            )
+        return str(Path(self.pool_path).parent / name)
 
     def num_annotated(self, before_round: int) -> int:
         """Annotations bought in rounds before ``before_round``."""
@@ -207,9 +232,10 @@ def run_host(
     replicas: int,
     cpus: float,
     gpus: float,
+    over: Stage | None = None,
 ) -> None:
-    """Make the missing shards of a stage with ``replicas`` hosts."""
-    questions = campaign.stage("questions")
+    """Make the missing shards of a stage with ``replicas`` hosts: one for each of ``over``, the pool's questions."""
+    questions = over or campaign.stage("questions")
     manifest = questions.require()
     rows = {entry.path: entry.num_rows or 0 for entry in manifest.files}
     finished = stage.finished_shards()

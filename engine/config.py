@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from ka2l.annotation import AnnotatorConfig
+from ka2l.decoder_config import DecoderConfig
 from ka2l.equivalence import EquivalenceConfig
 from ka2l.errors import ConfigError
 from ka2l.hidden_states import ExtractionConfig
@@ -26,15 +27,6 @@ from ka2l.section import Section
 from ka2l.selection import SelectionConfig
 from ka2l.testbed import TestbedConfig
 from ka2l.tuning import TuningConfig
-
-
-class DecoderConfig(Section):
-    """Turning unknown hidden states into new questions. Its place in the loop is kept; no kind is built yet."""
-
-    KINDS: ClassVar[tuple[str, ...]] = ("none",)
-
-    kind: str = "none"
-    """``none``: train on selected pool questions only."""
 
 
 class BudgetConfig(Section):

@@ -7,6 +7,7 @@ lengths and the machine's speed are measured and not guessed. Reference answers 
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +37,7 @@ class Prediction(NamedTuple):
     round_index: int
     stage: str
     questions: int
-    """Questions, or optimiser steps for ``tune``."""
+    """Questions, or optimiser steps for ``tune`` and ``decoder``."""
     forward_passes: int
     """Prompts prefilled by the extractor."""
     tokens_prompt: int
@@ -54,6 +55,17 @@ class ObserveRate(NamedTuple):
     """Seconds a generated token."""
 
 
+class DecodingRates(NamedTuple):
+    """How long a decoder takes to fit and to use."""
+
+    fit_start_s: float
+    fit_s_per_step: float
+    decode_s: float
+    """Of the warm-up's few drafts: mostly the start of two models."""
+    forwarded_share: float
+    """Of the drafts, those that are new enough to be forwarded again."""
+
+
 class Rates(NamedTuple):
     """What the warm-up measured."""
 
@@ -68,6 +80,8 @@ class Rates(NamedTuple):
     fit_s: float
     tune_start_s: float
     tune_s_per_step: float
+    decoding: DecodingRates | None = None
+    """None without a decoder."""
 
 
 def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Console) -> list[Prediction]:
@@ -84,6 +98,9 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         stages.pool(campaign)
         stages.check_budget(campaign)
         counts = {split: int(campaign.stage("questions").require().metrics[split]) for split in SPLITS}
+        if config.decoder.kind != "none":
+            stages.corpus(campaign)
+            counts["corpus"] = int(campaign.stage("corpus").require().metrics["num_questions"])
         console.print(f"pool: {counts}; warming up on {_WARM_UP_QUESTIONS} questions a split ...", highlight=False)
         rates = _warm_up(campaign, Path(folder))
         cap = campaign.budget_cap()
@@ -94,7 +111,7 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
 
 def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -> list[Prediction]:
     """Every stage of every round from counts and rates."""
-    total = sum(counts.values())
+    total = sum(counts[split] for split in SPLITS)
     made: list[Prediction] = []
     annotated = 0
     for index in range(config.rounds + 1):
@@ -120,12 +137,36 @@ def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -
         seconds = rates.extract_start_s + total * rates.extract_s_per_question
         made.append(Prediction(index, "extract", total, total, round(total * rates.tokens_per_prompt), 0, 0, seconds))
         made.append(Prediction(index, "probe", counts["seed"], 0, 0, 0, 0, rates.fit_s))
+        if rates.decoding is not None:
+            made += _predict_decoding(config, counts, rates, rates.decoding, index, wanted)
         annotated += wanted
         made.append(Prediction(index, "annotate", wanted, 0, 0, 0, wanted, 0.0))
         left = counts["seed"] + rehearsed - annotated if config.tuning.rehearsal > 0 else 0
         steps = num_steps(config.tuning, annotated, max(0, left))
         seconds = rates.tune_start_s + steps * rates.tune_s_per_step
         made.append(Prediction(index, "tune", steps, 0, 0, 0, 0, seconds))
+    return made
+
+
+def _predict_decoding(
+    config: RunConfig, counts: dict[str, int], rates: Rates, decoding: DecodingRates, index: int, wanted: int
+) -> list[Prediction]:
+    """The stages of the decoder in one round. It is taken for granted that tuning moves the states every time."""
+    decoder, corpus = config.decoder, counts["corpus"]
+    made = []
+    if corpus:
+        seconds = rates.extract_start_s + corpus * rates.extract_s_per_question
+        tokens = round(corpus * rates.tokens_per_prompt)
+        made.append(Prediction(index, "corpus_states", corpus, corpus, tokens, 0, 0, seconds))
+    num_pairs = corpus + counts["candidate"]
+    epochs = decoder.refit_epochs if index else decoder.num_epochs
+    steps = math.ceil(epochs * num_pairs / min(decoder.batch_size, num_pairs))
+    seconds = decoding.fit_start_s + steps * decoding.fit_s_per_step
+    made.append(Prediction(index, "decoder", steps, 0, 0, 0, 0, seconds))
+    drafts = wanted * (decoder.num_sampled + decoder.num_noised + decoder.num_interpolated)
+    passes = round(drafts * decoding.forwarded_share)
+    seconds = decoding.decode_s + passes * rates.extract_s_per_question
+    made.append(Prediction(index, "decode", drafts, passes, round(passes * rates.tokens_per_prompt), 0, 0, seconds))
     return made
 
 
@@ -141,6 +182,16 @@ def _warm_up(campaign: Campaign, folder: Path) -> Rates:
             "pool": PoolConfig(path=str(source), columns=columns),
             "selection": campaign.config.selection.model_copy(update={"budget": min(16, len(rows) // 3)}),
             "tuning": campaign.config.tuning.model_copy(update={"max_steps": _WARM_UP_STEPS}),
+            "decoder": campaign.config.decoder.model_copy(
+                update={
+                    "corpus": campaign.corpus_path(),
+                    "num_corpus": _WARM_UP_STEPS * campaign.config.decoder.batch_size,
+                    "num_epochs": 1.0,
+                }
+            ),
+            "annotator": campaign.config.annotator.model_copy(
+                update={"reference_table": campaign.reference_table_path()}
+            ),
         }
     )
     run = RunDirectory(folder / "warm-up")
@@ -149,8 +200,10 @@ def _warm_up(campaign: Campaign, folder: Path) -> Rates:
     stages.pool(warm)
     for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.knowledge):
         stage(warm, 0)
-    for stage in (stages.select, stages.annotate, stages.tune):
-        stage(warm, 0)
+    stages.select(warm, 0)
+    decoding = _warm_up_decoding(warm) if config.decoder.kind != "none" else None
+    stages.annotate(warm, 0)
+    stages.tune(warm, 0)
     stages.observe(warm, 1)
     extract, tune = (warm.stage(name, 0).require() for name in ("extract", "tune"))
     drawn = warm.stage("observe", 0).table(["num_tokens", "num_prompt_tokens"])
@@ -166,6 +219,21 @@ def _warm_up(campaign: Campaign, folder: Path) -> Rates:
         fit_s=sum(warm.stage(name, 0).require().seconds for name in ("label", "probe", "knowledge", "select")),
         tune_start_s=tune.seconds - working,
         tune_s_per_step=working / tune.metrics["num_steps"],
+        decoding=decoding,
+    )
+
+
+def _warm_up_decoding(campaign: Campaign) -> DecodingRates:
+    stages.corpus(campaign)
+    stages.fit_decoder(campaign, 0)
+    stages.decode(campaign, 0)
+    fitted, decoded = (campaign.stage(name, 0).require() for name in ("decoder", "decode"))
+    working = fitted.metrics["training_seconds"]
+    return DecodingRates(
+        fit_start_s=fitted.seconds - working,
+        fit_s_per_step=working / fitted.metrics["num_steps"],
+        decode_s=decoded.seconds,
+        forwarded_share=decoded.cost.get("forward_passes", 0.0) / max(1, decoded.metrics["num_drafts"]),
     )
 
 
@@ -197,7 +265,7 @@ def _subset(campaign: Campaign) -> list[dict[str, object]]:
 
 def _print(predictions: list[Prediction], console: Console) -> None:
     headings = ("round", "stage", "rows", "passes", "prompt tok.", "new tok.", "annot.", "seconds")
-    table = Table(*headings, title="estimate (rows: questions; optimiser steps for tune)")
+    table = Table(*headings, title="estimate (rows: questions; optimiser steps for decoder and tune)")
     for row in predictions:
         table.add_row(
             str(row.round_index),

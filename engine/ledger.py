@@ -24,11 +24,13 @@ ROUND_STAGES = (
     "feedback",
     "knowledge",
     "select",
+    "corpus_states",
+    "decoder",
     "decode",
     "annotate",
     "tune",
 )
-POOL_STAGES = ("questions", "references")
+POOL_STAGES = ("questions", "references", "corpus")
 
 
 def committed_stages(run: RunDirectory) -> Iterator[Stage]:

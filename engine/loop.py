@@ -10,7 +10,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     feedback  how sure was the base model of its own samples, and was it right about what has been annotated?
     knowledge P(unknown) of every question            -> the knowledge map
     select    query strategy                          -> what to ask the annotator
-    decode    unknown states to new questions         (no kind is built yet; its place is here)
+    decode    unknown states to new questions         -> gated; a share of the round's annotations goes to them
     annotate  answers for the selected questions      -> the only stage that costs annotation
     tune      LoRA on answers and on the model's own answers to the rest
 
@@ -28,8 +28,11 @@ from engine.report import write_report
 
 def run(campaign: Campaign) -> None:
     """Run all rounds that are not committed yet, and write the report after each."""
+    stages.check_tables(campaign)
     stages.pool(campaign)
     stages.check_budget(campaign)
+    if campaign.config.decoder.kind != "none":
+        stages.corpus(campaign)
     reason = None
     rounds = campaign.config.rounds
     for round_index in range(rounds):
@@ -40,7 +43,9 @@ def run(campaign: Campaign) -> None:
             break
         probe_round(campaign, round_index)
         stages.select(campaign, round_index)
-        # decode comes here: unknown hidden states to new questions, which are annotated with the selected ones
+        if campaign.config.decoder.kind != "none":
+            stages.fit_decoder(campaign, round_index)
+            stages.decode(campaign, round_index)
         stages.annotate(campaign, round_index)
         reason = campaign.money_reason(round_index)
         if campaign.num_annotated(round_index + 1) == campaign.num_annotated(round_index):

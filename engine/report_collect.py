@@ -20,6 +20,7 @@ from engine.ledger import POOL_STAGES, ROUND_STAGES
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
+    DecodedExample,
     ReportData,
     RoundReport,
     SelectedExample,
@@ -111,7 +112,9 @@ def _read_tables(reader: Reader, data: ReportData) -> None:
     last_judged = max(judged, default=None)
     mistakes = [] if last_judged is None else _confident(grades[last_judged], judged[last_judged].p_unknown_eval)
     compared = {*improved, *worsened, *mistakes}
+    decoded = {item.round: _first_decoded(reader, item.round) for item in data.rounds}
     wanted = compared | {row["question_id"] for rows in selected.values() for row in rows}
+    wanted |= {parent for rows in decoded.values() for row in rows for parent in row["parents"]}
     for table, _ in judged.values():
         wanted.update(table["question_id"].to_pylist())
     questions = {
@@ -126,6 +129,7 @@ def _read_tables(reader: Reader, data: ReportData) -> None:
 
     for item in data.rounds:
         item.selected = _selected_examples(reader, item.round, selected[item.round], questions)
+        item.decoded = _decoded_examples(reader, item.round, decoded[item.round], questions)
         if item.round in judged:
             item.points = _points(judged[item.round].sample, questions)
     if improved or worsened:
@@ -237,6 +241,28 @@ def _points(table: pa.Table, questions: dict[str, str]) -> StatePoints | None:
 def _first_selected(reader: Reader, index: int) -> list[dict[str, Any]]:
     table = reader.table("select", index, ["question_id", "rank", "score"])
     return [] if table is None else table.sort_by("rank").slice(0, NUM_EXAMPLES).to_pylist()
+
+
+def _first_decoded(reader: Reader, index: int) -> list[dict[str, Any]]:
+    table = reader.table("decode", index, ["question_id", "question", "parents", "variant", "gate", "p_unknown"])
+    return [] if table is None else table.filter(pc.equal(table["gate"], "kept")).slice(0, NUM_EXAMPLES).to_pylist()
+
+
+def _decoded_examples(
+    reader: Reader, index: int, rows: list[dict[str, Any]], questions: dict[str, str]
+) -> list[DecodedExample]:
+    annotations = reader.rows("annotate", index, ["question_id", "answers"], [row["question_id"] for row in rows])
+    bought = {row["question_id"]: row["answers"][0] for row in annotations if row["answers"]}
+    return [
+        DecodedExample(
+            question=row["question"],
+            variant=row["variant"],
+            parents=[questions.get(parent, parent) for parent in row["parents"]],
+            p_unknown=row["p_unknown"],
+            bought=bought.get(row["question_id"]),
+        )
+        for row in rows
+    ]
 
 
 def _selected_examples(

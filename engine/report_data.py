@@ -80,6 +80,17 @@ class SelectedExample:
 
 
 @dataclass(frozen=True)
+class DecodedExample:
+    """A decoded question that was annotated, the unknown questions it comes from and what the annotator answered."""
+
+    question: str
+    variant: str
+    parents: list[str]
+    p_unknown: float | None
+    bought: str | None = None
+
+
+@dataclass(frozen=True)
 class AnswerChange:
     """An eval question of which the grade changed between the base and the last state."""
 
@@ -127,6 +138,12 @@ class RoundReport:
     groups: list[GroupShare] = field(default_factory=list)
     transitions: Transitions | None = None
     selected: list[SelectedExample] = field(default_factory=list)
+    decoded: list[DecodedExample] = field(default_factory=list)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether questions were decoded in this round."""
+        return "decode" in self.stages
 
     def stage(self, name: str) -> StageReport:
         """A stage's numbers; empty where the stage is not committed."""
@@ -242,6 +259,7 @@ def summary(data: ReportData) -> dict[str, Any]:
                     "auroc_wrong_ci": _list(knowledge.interval("auroc_wrong_ci")),
                 },
                 "unknown_fraction": unknown_fraction(item),
+                "decoded": _decoded(item),
                 "cost": {
                     "annotation": int(item.cost("annotations")),
                     "money": item.cost("money"),
@@ -261,6 +279,23 @@ def summary(data: ReportData) -> dict[str, Any]:
         "rounds": rounds,
         "total_seconds": data.total_seconds,
         "report": "report.html",
+    }
+
+
+def _decoded(item: RoundReport) -> dict[str, Any] | None:
+    """What the decoder gave this round; None where there is none."""
+    if not item.decodes:
+        return None
+    decode, decoder = item.stage("decode"), item.stage("decoder")
+    return {
+        "num_drafts": decode.metrics.get("num_drafts"),
+        "num_kept": decode.metrics.get("num_kept"),
+        "passed": decode.number("passed"),
+        "gates": decode.metrics.get("gates"),
+        "exact_match": decoder.number("exact_match"),
+        "token_f1": decoder.number("token_f1"),
+        "accuracy_in_pool": item.stage("cluster").number("accuracy_in_pool"),
+        "accuracy_outside": item.stage("cluster").number("accuracy_outside"),
     }
 
 

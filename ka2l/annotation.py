@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ka2l.section import Section
 from ka2l.teacher_config import TeacherConfig
+
+if TYPE_CHECKING:
+    from ka2l.reference_table import ReferenceTable
 
 TaskFormat = Literal["jsonl", "csv", "label_studio"]
 
@@ -18,12 +21,18 @@ class AnnotatorConfig(Section):
     """Who answers selected questions."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("reference", "teacher", "human")
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format", "batch_api"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format", "batch_api", "reference_table"})
 
     kind: str = "reference"
     """``reference``: the pool's own answers, revealed only for what was selected; ``teacher``: a language model behind
     an endpoint; ``human``: the run pauses until people have answered, in a file or on a local web page;
     ``module:Class``: an annotator of your own."""
+    reference_table: str | None = None
+    """For ``reference``: JSON Lines or Parquet with ``question`` and ``answers``, where decoded questions are looked
+    up, which the pool does not hold; ``testbed``: its facts."""
+    reference_similarity: float = Field(1.0, gt=0, le=1)
+    """A decoded question that is not in the table takes the answers of the most similar one there from this cosine
+    similarity of character n-grams on; 1: of none."""
     task_format: TaskFormat = "jsonl"
     """Of the file that people fill in: ``jsonl``, ``csv`` (spreadsheets) or ``label_studio``."""
     teacher: TeacherConfig | None = None
@@ -56,25 +65,39 @@ class Annotator(Protocol):
     batch_size: int
     """Questions that are asked for together: each batch's answers are kept before the next is asked."""
 
+    # An annotator may have ``answerable(questions) -> set[str]``, too: the ids of those it could answer, told without
+    # cost. Decoded questions that it could not are dropped before they are counted against the budget.
+
     def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
         """Annotations for a batch of question id -> question; questions that are refused are left out."""
 
 
 class ReferenceAnnotator:
-    """Reveals the pool's own answers.
+    """Reveals the pool's own answers, and those of a table to questions that the pool does not hold.
 
     Args:
         reveal: looks up the reference answers of the given question ids, and of those alone.
+        table: answers questions by their text.
     """
 
     batch_size = 256
 
-    def __init__(self, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]) -> None:
+    def __init__(
+        self, reveal: Callable[[Sequence[str]], Mapping[str, list[str]]], table: ReferenceTable | None = None
+    ) -> None:
         self.reveal = reveal
+        self.table = table
+
+    def answerable(self, questions: Mapping[str, str]) -> set[str]:
+        """Ids of the questions outside the pool that it could answer; nothing is revealed by asking."""
+        return set() if self.table is None else set(self.table.look_up(questions))
 
     def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
         """One annotation for each question that has a reference answer."""
-        answers = self.reveal(list(questions))
+        answers = dict(self.reveal(list(questions)))
+        rest = {name: text for name, text in questions.items() if not answers.get(name)}
+        if self.table is not None and rest:
+            answers |= self.table.look_up(rest)
         now = datetime.now(UTC)
         return [
             Annotation(question_id, question, answers[question_id], "reference", now, None, 0.0)

@@ -37,8 +37,9 @@ class ExtractionConfig(Section):
     layers: Literal["all"] | list[int] = "all"
     """``all``, or layer numbers: 0 is the embedding output, the model's depth the normed output of the last layer;
     negative numbers count from the top."""
-    position: Literal["last_token", "mean"] = "last_token"
-    """The state before the first answer token, or the mean over the prompt's tokens."""
+    position: Literal["last_token", "mean", "last_and_mean"] = "last_token"
+    """The state before the first answer token, the mean over the prompt's tokens, or both, one behind the other: the
+    first says best what the model knows, the second what was asked, which a decoder has to read."""
     batch_size: int = 64
     """Prompts in one forward pass, at most."""
     storage_dtype: Literal["float32", "float16"] = "float32"
@@ -92,7 +93,7 @@ class _Prefix(NamedTuple):
     token_ids: list[int]
     cache: DynamicCache
     sums: torch.Tensor
-    """Pooled states of the prefix, shape (num_layers, width): sums over its tokens where position is ``mean``."""
+    """Pooled states of the prefix, shape (num_layers, width): sums over its tokens where a mean is wanted."""
 
 
 class HiddenStateExtractor:
@@ -160,8 +161,8 @@ class HiddenStateExtractor:
 
     @property
     def width(self) -> int:
-        """The model's hidden size, D."""
-        return self._width
+        """Length of a pooled state, D: the model's hidden size, or twice that for ``last_and_mean``."""
+        return self._width * (2 if self.config.position == "last_and_mean" else 1)
 
     def extract(self, prompts: Sequence[str | Sequence[int]]) -> np.ndarray:
         """Pooled states of prompts, in the order given.
@@ -263,10 +264,11 @@ class HiddenStateExtractor:
             else:
                 start = len(prefix.token_ids)
                 pooled = self._run([row[start:] for row in rows], _expand(prefix.cache, len(rows)))
-            if self.config.position == "mean":
+            if self.config.position != "last_token":
+                sums = pooled[:, :, -self._width :]  # a view: what is done to it is done to ``pooled``
                 if prefix is not None:
-                    pooled = pooled + prefix.sums
-                pooled = pooled / torch.tensor([len(row) for row in rows], device=self.device)[:, None, None]
+                    sums += prefix.sums[:, -self._width :]
+                sums /= torch.tensor([len(row) for row in rows], device=self.device)[:, None, None]
             return pooled.cpu().numpy()
 
     def _run(self, rows: list[list[int]], cache: DynamicCache | None) -> torch.Tensor:
@@ -291,14 +293,16 @@ class HiddenStateExtractor:
         return torch.stack([pooled[layer] for layer in self._layers], dim=1)
 
     def _pool(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(num_rows, num_tokens, width) -> (num_rows, width) float32: last token's state, or the sum over tokens."""
+        """(num_rows, num_tokens, hidden size) -> (num_rows, width) float32: last token's state, sum over tokens."""
         import torch
 
+        last = hidden[torch.arange(len(hidden), device=hidden.device), self._lengths - 1].float()
         if self.config.position == "last_token":
-            return hidden[torch.arange(len(hidden), device=hidden.device), self._lengths - 1].float()
+            return last
         padding = torch.arange(hidden.shape[1], device=hidden.device) >= self._lengths[:, None]
         # Filled, not multiplied by zero: an infinity in the padding must not turn into NaN.
-        return hidden.float().masked_fill(padding[:, :, None], 0.0).sum(dim=1)
+        sums = hidden.float().masked_fill(padding[:, :, None], 0.0).sum(dim=1)
+        return sums if self.config.position == "mean" else torch.cat([last, sums], dim=1)
 
     def _add_hooks(self, blocks: nn.ModuleList) -> None:
         """Let every wanted layer below the top leave its pooled output in ``_pooled``. The top is the normed output."""

@@ -119,6 +119,19 @@ SELECTION = pa.schema(
     ]
 )
 
+#: One decoded question a row, whatever gate it ended at.
+DECODED = pa.schema(
+    [
+        _field("question_id", pa.string(), "``d-`` and a hash of the normalised question"),
+        _field("question", pa.string(), "as it was decoded"),
+        _field("parents", pa.list_(pa.string()), "question ids of the unknown questions whose states it was made from"),
+        _field("variant", pa.string(), "sampled | noised | interpolated"),
+        _field("gate", pa.string(), "the gate that it did not pass; surplus, or kept: it is annotated"),
+        _field("similarity", pa.float32(), "largest cosine of its state to another question's; null before", True),
+        _field("p_unknown", pa.float32(), "calibrated probability of unknown; null before that gate", True),
+    ]
+)
+
 #: One answer that was asked for, with its provenance. Only these rows cost annotation.
 ANNOTATIONS = pa.schema(
     [

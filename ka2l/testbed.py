@@ -16,19 +16,23 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from ka2l.errors import PoolError
 from ka2l.section import Section
 from ka2l.testbed_facts import read_facts
 from ka2l.testbed_model import train_model
-from ka2l.testbed_world import World, invent_facts, pool_rows, training_rows, truth_rows
+from ka2l.testbed_world import World, answer_rows, invent_facts, pool_rows, training_rows, truth_rows
 
 #: Raise it when a change gives another world or model for the same config: cached testbeds are then built anew.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 
 #: Distinct questions written to background.jsonl at most.
 MAX_BACKGROUND = 20_000
+
+_ANSWERS = pa.schema([("question", pa.string()), ("answers", pa.list_(pa.string())), ("fact", pa.string())])
 
 
 class TestbedConfig(Section):
@@ -52,6 +56,9 @@ class TestbedConfig(Section):
     """Share of training rows about people never asked about, with random answers: doubt has to be learnt."""
     wrong_share: float = Field(0.0, ge=0, le=1)
     """Share of the well-known facts that are learnt wrongly: always shown with one wrong answer."""
+    outside_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the candidate facts that are left out of the pool but for their evaluation question: only decoded
+    questions can ask for them."""
     num_steps: int | None = Field(None, ge=1)
     """Training steps. None: one for every five facts, 400 at least."""
     batch_size: int = Field(128, ge=1)
@@ -154,7 +161,8 @@ def build_testbed(
     directory.parent.mkdir(parents=True, exist_ok=True)
     target = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        _write_jsonl(target / "pool.jsonl", pool_rows(world.facts, config.seed))
+        _write_jsonl(target / "pool.jsonl", pool_rows(world.facts, config.seed, config.outside_share))
+        pq.write_table(pa.Table.from_pylist(list(answer_rows(world)), schema=_ANSWERS), target / "answers.parquet")
         _write_jsonl(target / "truth.jsonl", truth_rows(world.facts))
         _write_jsonl(target / "background.jsonl", _background_rows(world, config))
         rows = list(training_rows(world, config))

@@ -61,7 +61,7 @@ def read_facts(config: TestbedConfig) -> World:
         )
         for index, (row, group, exposure) in enumerate(zip(rows, groups, exposures, strict=True))
     ]
-    return World(expose(facts, config), _crowd_of_file(rows), num_skipped)
+    return World(expose(facts, config), _crowd_of_file(rows), num_skipped=num_skipped)
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -104,6 +104,9 @@ class World(NamedTuple):
     facts: list[Fact]
     background: Callable[[random.Random], tuple[str, str]]
     """Draws one (question, random answer) about the background crowd."""
+    crowd_answers: Callable[[], Iterator[tuple[str, str]]] = lambda: iter(())
+    """Every question about the crowd with its true answer, which the model was never told. Empty where the crowd is
+    made up from a file."""
     num_skipped: int = 0
     """Rows of the file without question or answers, or with a question seen before."""
 
@@ -130,11 +133,21 @@ def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, st
     yield from rows
 
 
-def pool_rows(facts: Sequence[Fact], seed: int) -> Iterator[dict[str, Any]]:
-    """The rows of ``pool.jsonl``: a trained-on paraphrase of every fact, and the kept one of every candidate fact."""
+def pool_rows(facts: Sequence[Fact], seed: int, outside_share: float = 0.0) -> Iterator[dict[str, Any]]:
+    """The rows of ``pool.jsonl``: a trained-on paraphrase of every fact, and the kept one of every candidate fact.
+
+    Of ``outside_share`` of the candidate facts only the kept paraphrase is there, to evaluate by.
+    """
+    candidates = sorted(
+        (fact.fact for fact in facts if fact.split == "candidate"),
+        key=lambda name: (row_seed(seed, 0, "outside", name), name),
+    )
+    outside = set(candidates[: round(outside_share * len(candidates))])
     for split in ("seed", "candidate", "eval"):
         for fact in facts:
             if fact.split != ("candidate" if split == "eval" else split):
+                continue
+            if split == "candidate" and fact.fact in outside:
                 continue
             shown = [index for index in range(len(fact.paraphrases)) if index != fact.kept]
             asked = fact.kept if split == "eval" else shown[row_seed(seed, 0, split, fact.fact) % len(shown)]
@@ -147,6 +160,16 @@ def pool_rows(facts: Sequence[Fact], seed: int) -> Iterator[dict[str, Any]]:
                 "fact": fact.fact,
                 "relation": fact.relation,
             }
+
+
+def answer_rows(world: World) -> Iterator[dict[str, Any]]:
+    """The rows of ``answers.parquet``: every way to ask for every fact of the world, for an annotator of decoded
+    questions. The crowd's, too: to the annotator they are people like all others."""
+    for fact in world.facts:
+        for question in fact.paraphrases:
+            yield {"question": question, "answers": list(fact.answers), "fact": fact.fact}
+    for question, answer in world.crowd_answers():
+        yield {"question": question, "answers": [answer], "fact": None}
 
 
 def truth_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
@@ -212,7 +235,16 @@ def invent_facts(config: TestbedConfig) -> World:
         relation = draw.choice(list(RELATIONS))
         return draw.choice(RELATIONS[relation]).format(name=f"{first} {last}"), draw.choice(answers[relation])
 
-    return World(expose(facts, config), background)
+    def crowd_answers() -> Iterator[tuple[str, str]]:
+        for first, last in crowd:
+            name = f"{first} {last}"
+            for relation, templates in RELATIONS.items():
+                choices = answers[relation]
+                answer = choices[row_seed(config.seed, 0, "crowd", f"{name}.{relation}") % len(choices)]
+                for template in templates:
+                    yield template.format(name=name), answer
+
+    return World(expose(facts, config), background, crowd_answers)
 
 
 def _invent_words(rng: random.Random, count: int) -> list[str]:

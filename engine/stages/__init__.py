@@ -1,6 +1,8 @@
 """One function a stage: committed tables in, one committed table out. ``engine/loop.py`` calls them in order."""
 
 from engine.stages.choosing import annotate, select
+from engine.stages.decoding import decode
+from engine.stages.fitting import check_tables, corpus, fit_decoder
 from engine.stages.knowing import feedback, knowledge, label, probe
 from engine.stages.observing import cluster, extract, observe
 from engine.stages.pool import check_budget, pool
@@ -9,9 +11,13 @@ from engine.stages.tuning import tune
 __all__ = [
     "annotate",
     "check_budget",
+    "check_tables",
     "cluster",
+    "corpus",
+    "decode",
     "extract",
     "feedback",
+    "fit_decoder",
     "knowledge",
     "label",
     "observe",

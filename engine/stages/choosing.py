@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import by_id, make_table, num_rows, states_of
+from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation_human import Task
+from ka2l.pool_sources import content_identity
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
@@ -24,13 +26,14 @@ def select(campaign: Campaign, round_index: int) -> None:
     """Choose the questions to annotate by the query strategy."""
     config = campaign.config
     known = campaign.stage("knowledge", round_index)
-    chosen_before = [campaign.stage("select", index) for index in range(round_index)]
+    stages = ("select", "decode") if config.decoder.kind != "none" else ("select",)
+    chosen_before = [campaign.stage(name, index) for index in range(round_index) for name in stages]
     observed, extracted = campaign.stage("cluster", round_index), campaign.stage("extract", round_index)
     budget = campaign.num_left(round_index)
 
     def work(stage: Stage) -> Outcome:
         # Whatever was asked before is not asked again, even where the annotator refused it.
-        taken = {name for chosen in chosen_before for name in chosen.table(["question_id"])["question_id"].to_pylist()}
+        taken = {name for index in range(round_index) for name in asked_ids(campaign, index)}
         table = known.table(["question_id", "split", "score", "p_unknown"])
         table = table.filter(pc.equal(table["split"], "candidate"))
         rows = [row for row in table.to_pylist() if row["question_id"] not in taken]
@@ -77,26 +80,18 @@ def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: 
 
 
 def annotate(campaign: Campaign, round_index: int) -> None:
-    """Ask the annotator for the selected questions' answers. A batch that is written is never asked for again."""
+    """Ask the annotator for answers to selected and decoded questions. A batch that is written is never asked again."""
     questions, references = campaign.stage("questions"), campaign.stage("references")
-    chosen = campaign.stage("select", round_index)
-
-    def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
-        rows = references.table().filter(pc.is_in(pc.field("question_id"), pa.array(ids, pa.string())))
-        return by_id(rows, "answers")
+    chosen = [campaign.stage("select", round_index)]
+    if campaign.config.decoder.kind != "none":
+        chosen.append(campaign.stage("decode", round_index))
 
     def work(stage: Stage) -> Outcome:
-        def make_tasks(ids: Sequence[str]) -> list[Task]:
-            return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
-
-        config = campaign.config
-        context = build.AnnotationContext(
-            campaign.run, round_index, reveal, make_tasks, config.equivalence, config.budget.money
-        )
-        annotator = build.annotator(config.annotator, context)
-        table = questions.table(["question_id", "question"])
-        text_of = by_id(table, "question")
-        ids = chosen.table(["question_id"])["question_id"].to_pylist()
+        text_of = by_id(questions.table(["question_id", "question"]), "question")
+        text_of |= by_id(kept_questions(campaign, round_index), "question")
+        context = annotation_context(campaign, round_index, text_of)
+        annotator = build.annotator(campaign.config.annotator, context)
+        ids = asked_ids(campaign, round_index)
         size = min(annotator.batch_size, max(1, len(ids)))
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
@@ -130,9 +125,43 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         }, {}
 
     commit_stage(
-        campaign, "annotate", round_index, config=campaign.config.annotator.result_fields(),
-        inputs=[questions, references, chosen], work=work,
+        campaign, "annotate", round_index, config=annotator_fields(campaign),
+        inputs=[questions, references, *chosen], work=work,
     )  # fmt: skip
+
+
+def annotator_fields(campaign: Campaign) -> dict[str, Any]:
+    """What changes an annotator's answers: its config, and what its reference table holds, never where that lies."""
+    path = campaign.reference_table_path() if campaign.config.decoder.kind != "none" else None
+    table = content_identity(path) if path else None
+    return campaign.config.annotator.result_fields() | ({"reference_table": table} if table else {})
+
+
+def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> build.AnnotationContext:
+    """What the annotator of a round may look at.
+
+    Args:
+        text_of: the questions it may be asked.
+    """
+    references = campaign.stage("references")
+
+    def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
+        rows = references.table().filter(pc.is_in(pc.field("question_id"), pa.array(ids, pa.string())))
+        return by_id(rows, "answers")
+
+    def make_tasks(ids: Sequence[str]) -> list[Task]:
+        return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
+
+    config = campaign.config
+    return build.AnnotationContext(
+        campaign.run,
+        round_index,
+        reveal,
+        campaign.reference_table_path() if config.decoder.kind != "none" else None,
+        make_tasks,
+        config.equivalence,
+        config.budget.money,
+    )
 
 
 def _tasks(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> list[Task]:
@@ -144,6 +173,7 @@ def _tasks(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> 
     for row in drawn.filter(sampled).to_pylist():
         answers.setdefault(row["question_id"], Counter())[row["answer"]] += 1
     p_unknown = by_id(campaign.stage("knowledge", round_index).table(["question_id", "p_unknown"]), "p_unknown")
+    p_unknown |= by_id(kept_questions(campaign, round_index), "p_unknown")
     groups = campaign.stage("feedback", round_index)
     entropy: Mapping[str, float] = {}
     if groups.manifest() is not None:

@@ -21,6 +21,7 @@ from engine.stages.tables import (
     eval_grades,
     facts,
     layers_of,
+    load_stage_probe,
     make_table,
     num_rows,
     shard_states,
@@ -29,7 +30,7 @@ from engine.stages.tables import (
 from ka2l.evidence import combine, doubt
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
-from ka2l.probe import Probe, fit_probe, load_probe
+from ka2l.probe import Probe, fit_probe
 from ka2l.records import KNOWLEDGE, LABELS
 from ka2l.seeds import row_seed
 
@@ -140,10 +141,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier, *graded] if round_index else []
 
     def work(stage: Stage) -> Outcome:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in ("probe.json", "probe.safetensors"):
-                (Path(folder) / name).write_bytes(campaign.run.read_bytes(f"{probed.path}/{name}") or b"")
-            fitted = load_probe(folder)
+        fitted = load_stage_probe(campaign, probed)
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
         for name in extracted.shard_names():
             table = read_shard(extracted.url, name)
@@ -236,7 +234,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     candidates = table.filter(pc.equal(table["split"], "candidate"))
     fact_of = facts(campaign)
     ranked = {fact_of[name]: score for name, score in by_id(candidates, "score").items() if fact_of[name] is not None}
-    annotated = {fact_of[name] for name in annotated_ids(campaign, round_index)} - {None}
+    annotated = {fact_of.get(name) for name in annotated_ids(campaign, round_index)} - {None}
     correct = eval_grades(campaign, round_index)
     pairs = [
         (not correct[name], ranked.get(fact_of[name], own))

@@ -100,6 +100,7 @@ def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict
         correct = by_id(graded, "correct")
         accuracy = proportion_with_ci(np.array(list(correct.values()), dtype=bool))
         metrics |= {"accuracy": accuracy.value, "accuracy_ci": [accuracy.low, accuracy.high]}
+        metrics |= _by_place(campaign, correct)
         metrics["exact_match"] = pc.mean(graded["exact_match"].cast(pa.float32())).as_py()
         metrics["token_f1"] = pc.mean(graded["token_f1"]).as_py()
         if round_index > 0:
@@ -107,6 +108,23 @@ def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict
             ids = [name for name in correct if name in before]
             metrics |= forgetting([before[name] for name in ids], [correct[name] for name in ids])
     return metrics
+
+
+def _by_place(campaign: Campaign, correct: dict[str, bool]) -> dict[str, Any]:
+    """Accuracy on eval questions about facts that the pool's candidates ask for, and about others, of which only a
+    decoded question can ask. Empty where the pool names no facts, or has none of one sort."""
+    pool = campaign.stage("questions").table(["question_id", "split", "fact"])
+    fact_of = by_id(pool, "fact")
+    asked = set(pool.filter(pc.equal(pool["split"], "candidate"))["fact"].to_pylist()) - {None}
+    inside = [grade for name, grade in correct.items() if fact_of[name] in asked]
+    outside = [grade for name, grade in correct.items() if fact_of[name] is not None and fact_of[name] not in asked]
+    if not inside or not outside:
+        return {}
+    return {
+        "accuracy_in_pool": sum(inside) / len(inside),
+        "accuracy_outside": sum(outside) / len(outside),
+        "num_outside": len(outside),
+    }
 
 
 def extract(campaign: Campaign, round_index: int) -> None:

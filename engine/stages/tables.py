@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,8 @@ import pyarrow.parquet as pq
 
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
+from ka2l.probe import Probe, load_probe
+from ka2l.records import DECODED
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:
@@ -42,6 +46,31 @@ def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
     table = campaign.stage("cluster", round_index).table(["question_id", "purpose", "correct"])
     table = table.filter(pc.equal(table["purpose"], "eval"))
     return by_id(table, "correct")
+
+
+def asked_ids(campaign: Campaign, round_index: int) -> list[str]:
+    """Questions that a round asks the annotator for: as many of the selected as the decoded ones leave room for, the
+    best first, and these."""
+    chosen = campaign.stage("select", round_index).table(["question_id", "rank"]).sort_by("rank")
+    decoded = kept_questions(campaign, round_index)["question_id"].to_pylist()
+    return [*chosen["question_id"].to_pylist()[: chosen.num_rows - len(decoded)], *decoded]
+
+
+def kept_questions(campaign: Campaign, round_index: int) -> pa.Table:
+    """The round's decoded questions that passed all gates and are annotated (records.DECODED); empty without a
+    decoder."""
+    if campaign.config.decoder.kind == "none":
+        return DECODED.empty_table()
+    table = campaign.stage("decode", round_index).table()
+    return table.filter(pc.equal(table["gate"], "kept"))
+
+
+def load_stage_probe(campaign: Campaign, probed: Stage) -> Probe:
+    """The probe that a stage has committed."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("probe.json", "probe.safetensors"):
+            (Path(folder) / name).write_bytes(campaign.run.read_bytes(f"{probed.path}/{name}") or b"")
+        return load_probe(folder)
 
 
 def facts(campaign: Campaign) -> dict[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -132,6 +133,14 @@ def finished(campaign_files: CampaignFiles, ka2l: Command, tmp_path_factory: pyt
     ended = ka2l("run", campaign_files.config, "--run-dir", folder / "run", log=folder / "asked")
     assert ended.returncode == 0, ended.stderr
     return Finished(folder / "run", campaign_files, ended, (folder / "asked").read_text().split())
+
+
+@pytest.fixture
+def selected(finished: Finished, tmp_path: Path) -> Path:
+    """The uninterrupted campaign as it was when the first round's questions had been selected, in a new folder."""
+    later = ("annotate", "tune", "round-001", "round-002", "events.jsonl", "summary.json", "ledger.parquet", "*.html")
+    shutil.copytree(finished.run_dir, tmp_path / "run", ignore=shutil.ignore_patterns(*later))
+    return tmp_path / "run"
 
 
 @pytest.fixture

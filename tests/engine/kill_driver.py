@@ -17,7 +17,6 @@ from typing import Any
 
 import engine.campaign
 import engine.cli
-import engine.stages.choosing
 from actors.host import Stats
 from engine.artifacts import Manifest, Stage
 from engine.events import Events
@@ -75,7 +74,7 @@ def log_annotations(path: str) -> None:
 
 def main() -> None:
     kill: dict[str, Any] = json.loads(os.environ.pop("KA2L_TEST_KILL", "null")) or {}
-    engine.stages.choosing._ANNOTATION_BATCH = 5  # several batches, so that there is a middle
+    ReferenceAnnotator.batch_size = 5  # several batches, so that there is a middle
     if log := os.environ.pop("KA2L_TEST_LOG", ""):
         log_annotations(log)
     if kill.get("event") == "before_commit":

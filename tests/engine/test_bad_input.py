@@ -188,7 +188,7 @@ def test_a_damaged_config_of_a_run_is_named(refused: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--redo-from", "tuning"], "no stage is called 'tuning' Stages: questions, references, observe"),
+        (["--redo-from", "tuning"], "no stage is called 'tuning' Stages: questions, references, corpus, observe"),
         (["--redo-from", "tune", "--round", "7"], "has no round 7"),
         (["--redo-from", "tune", "--round", "-1"], "has no round -1"),
     ],

@@ -105,11 +105,11 @@ def test_a_run_that_waits_for_nobody_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_campaign_pauses_for_people_and_goes_on_with_their_answers(
-    campaign_files: Any, ka2l: Any, on_cluster: list[str], tmp_path: Path
+    selected: Path, ka2l: Any, on_cluster: list[str], tmp_path: Path
 ) -> None:
-    run_dir = tmp_path / "run"
+    run_dir = selected
     options = ["--set", "rounds=1", "--set", "annotator.kind=human", *on_cluster]
-    paused = ka2l("run", campaign_files.config, "--run-dir", run_dir, *options)
+    paused = ka2l("resume", run_dir, *options)
     assert paused.returncode == 3, paused.stderr
     assert "12 of 12 questions wait" in paused.stderr
     assert "Traceback" not in paused.stderr
@@ -119,7 +119,7 @@ def test_a_campaign_pauses_for_people_and_goes_on_with_their_answers(
 
     file = run_dir / "annotation" / "round-000" / "tasks.jsonl"
     tasks = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all(task["own_answers"] and task["p_unknown"] is not None for task in tasks)
+    assert all(task["model_answers"] and task["p_unknown"] is not None for task in tasks)
     observed = (run_dir / "round-000" / "observe" / "manifest.json").read_bytes()
     filled = tmp_path / "filled.jsonl"
     for count, code in ((5, 3), (12, 0)):

@@ -54,7 +54,8 @@ def reference_states(model: Any, path: Path, prompts: Sequence[str], position: s
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
         with torch.inference_mode():
             states = torch.cat(model(input_ids=ids, output_hidden_states=True).hidden_states)
-        rows.append(states[:, -1] if position == "last_token" else states.mean(dim=1))
+        pooled = {"last_token": states[:, -1], "mean": states.mean(dim=1)}
+        rows.append(torch.cat(list(pooled.values()), dim=1) if position == "last_and_mean" else pooled[position])
     return torch.stack(rows).numpy()
 
 
@@ -73,17 +74,17 @@ def random_adapter(model_path: Path, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("position", ["last_token", "mean"])
+@pytest.mark.parametrize("position", ["last_token", "mean", "last_and_mean"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_layer_equals_a_plain_forward_of_one_row(name: str, position: str, tiny_models: TinyModels) -> None:
     path = tiny_models(name)
     states = extractor(path, position=position).extract(PROMPTS)
     expected = reference_states(reference_model(path), path, PROMPTS, position)
-    assert states.shape == expected.shape == (5, 4, 64)
+    assert states.shape == expected.shape == (5, 4, 128 if position == "last_and_mean" else 64)
     np.testing.assert_allclose(states, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("position", ["last_token", "mean"])
+@pytest.mark.parametrize("position", ["last_token", "mean", "last_and_mean"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_shared_prefix_computed_once_changes_no_state(name: str, position: str, tiny_models: TinyModels) -> None:
     path = tiny_models(name)

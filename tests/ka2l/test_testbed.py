@@ -13,7 +13,7 @@ from ka2l.testbed_facts import WRAPPERS
 from ka2l.testbed_model import PLAIN
 from ka2l.testbed_world import RELATIONS, num_training_rows, pool_rows, training_rows
 
-DATA_FILES = ("pool.jsonl", "truth.jsonl", "background.jsonl")
+DATA_FILES = ("pool.jsonl", "truth.jsonl", "background.jsonl", "answers.parquet")
 
 
 def tiny(**values: Any) -> TestbedConfig:

@@ -1,0 +1,181 @@
+"""Ray hosts of the decoder: training under Ray Train; decoding, and forwarding what was decoded, in tasks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from actors.host import Host, Stats, set_num_threads
+from actors.trainer import Workers, run_loop, run_remote
+from ka2l.decoder_config import DecoderConfig
+
+
+class PairSource(NamedTuple):
+    """Where (state, question) pairs lie: the same shards of two tables."""
+
+    questions_url: str
+    states_url: str
+    shards: list[str]
+    split: str
+    """Only questions of this split."""
+
+
+def read_pairs(sources: Sequence[PairSource], layer: int) -> tuple[np.ndarray, list[str]]:
+    """States of one layer, shape (N, D), and their questions, in the order of the shards."""
+    states, questions = [], []
+    for source in sources:
+        for name in source.shards:
+            texts = pq.read_table(f"{source.questions_url}/{name}", columns=["question_id", "question", "split"])
+            text_of = dict(zip(texts["question_id"].to_pylist(), texts["question"].to_pylist(), strict=True))
+            table = pq.read_table(f"{source.states_url}/{name}", columns=["question_id", "split", "states"])
+            layers = [int(number) for number in table.schema.field("states").metadata[b"layers"].split(b",")]
+            table = table.filter(pc.equal(table["split"], source.split))
+            column = table["states"].combine_chunks()
+            width = column.type.list_size // len(layers)
+            shaped = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), len(layers), width)
+            states.append(shaped[:, layers.index(layer)].astype(np.float32))
+            questions += [text_of[name] for name in table["question_id"].to_pylist()]
+    return np.concatenate(states), questions
+
+
+def run_decoder_training(
+    *,
+    model_path: str,
+    sources: Sequence[PairSource],
+    held_out: PairSource,
+    layer: int,
+    config: DecoderConfig,
+    output_dir: str,
+    seed: int,
+    scratch_dir: str,
+    previous: str | None,
+    trust_remote_code: bool,
+    log_path: str | None,
+    on_progress: Callable[[dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Train a decoder under Ray Train; blocks until it is written to ``output_dir``.
+
+    Args:
+        sources: pairs to train on.
+        held_out: pairs that it is measured on.
+        previous: folder of the decoder to go on from.
+        scratch_dir: folder for Ray Train's own files; the caller removes it.
+        on_progress: called in a thread of this process with what `train_decoder` reports.
+
+    Returns:
+        What `train_decoder` returns, and the `fidelity` to held-out questions.
+
+    Raises:
+        KA2LError: as a worker raised it.
+        ResourcesBusyError: the cluster has no room for the worker.
+        StageFailedError: anything else; carries the last lines of the log.
+    """
+    arguments = {
+        "model_path": model_path,
+        "sources": [tuple(source) for source in sources],
+        "held_out": tuple(held_out),
+        "layer": layer,
+        "config": config.model_dump(),
+        "output_dir": output_dir,
+        "seed": seed,
+        "previous": previous,
+        "trust_remote_code": trust_remote_code,
+    }
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker)
+    return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress)
+
+
+def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from ka2l.decoder_training import fidelity, load_decoder, train_decoder
+
+    config = DecoderConfig(**arguments["config"])
+    set_num_threads(config.cpus_per_worker)
+    states, questions = read_pairs([PairSource(*source) for source in arguments["sources"]], arguments["layer"])
+    same = {key: arguments[key] for key in ("output_dir", "seed", "previous", "trust_remote_code")}
+    metrics = train_decoder(arguments["model_path"], states, questions, config, progress=report, **same)
+    unseen, asked = read_pairs([PairSource(*arguments["held_out"])], arguments["layer"])
+    decoder = load_decoder(
+        arguments["output_dir"],
+        arguments["model_path"],
+        states.shape[1],
+        config,
+        trust_remote_code=arguments["trust_remote_code"],
+    )
+    return metrics | fidelity(decoder.decode(unseen, arguments["seed"]), asked)
+
+
+def decode_states(
+    *,
+    folder: str,
+    model_path: str,
+    states: np.ndarray,
+    sampled: np.ndarray,
+    config: DecoderConfig,
+    seed: int,
+    trust_remote_code: bool,
+    log_path: str | None,
+) -> list[str]:
+    """One question a state, shape (N, D), in a process of its own.
+
+    Args:
+        folder: of the decoder.
+        sampled: which are sampled at ``config.temperature``, shape (N,); the others are decoded greedily.
+
+    Raises:
+        KA2LError: as the worker raised it.
+        StageFailedError: the process died.
+    """
+    work = functools.partial(_decode, folder, model_path, states, sampled, config, seed, trust_remote_code)
+    texts: list[str] = run_remote(work, "decoding", config.cpus_per_worker, config.gpus_per_worker, log_path)
+    return texts
+
+
+def _decode(
+    folder: str,
+    model_path: str,
+    states: np.ndarray,
+    sampled: np.ndarray,
+    config: DecoderConfig,
+    seed: int,
+    trust_remote_code: bool,
+) -> list[str]:
+    from ka2l.decoder_training import load_decoder
+
+    set_num_threads(config.cpus_per_worker)
+    decoder = load_decoder(folder, model_path, states.shape[1], config, trust_remote_code=trust_remote_code)
+    texts = [""] * len(states)
+    for rows, temperature in ((np.flatnonzero(sampled), config.temperature), (np.flatnonzero(~sampled), None)):
+        for row, text in zip(rows, decoder.decode(states[rows], seed, temperature), strict=True):
+            texts[row] = text
+    return texts
+
+
+def extract_states(
+    make_host: Callable[[], Host], texts: Sequence[str], *, cpus: float, gpus: float, log_path: str | None
+) -> tuple[pa.Table, Stats]:
+    """States of some texts, in a process of its own.
+
+    Returns:
+        A table of ``question`` and ``states``, without texts that cannot be forwarded, and what it took.
+
+    Raises:
+        KA2LError: as the worker raised it.
+        StageFailedError: the process died.
+    """
+    found: tuple[pa.Table, Stats] = run_remote(
+        functools.partial(_extract, make_host, list(texts)), "forwarding decoded questions", cpus, gpus, log_path
+    )
+    return found
+
+
+def _extract(make_host: Callable[[], Host], texts: list[str]) -> tuple[pa.Table, Stats]:
+    # The text is its own id here: it comes back beside its state.
+    rows = pa.table({"question_id": texts, "question": texts, "split": ["decoded"] * len(texts)})
+    table, stats = make_host().process({"questions": rows})
+    return pa.table({"question": table["question_id"], "states": table["states"]}), stats

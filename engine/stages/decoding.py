@@ -1,0 +1,258 @@
+"""From hidden states of unknown questions to new questions, through the gates."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actors.decoder import decode_states, extract_states
+from actors.shards import wait_until_free
+from engine import build
+from engine.artifacts import Stage, read_shard, shard_name, write_shard
+from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stages.choosing import annotation_context, annotator_fields
+from engine.stages.fitting import one_layer, pool_keys
+from engine.stages.tables import layers_of, load_stage_probe, make_table, shard_states, states_of
+from ka2l.decoding import (
+    GATES,
+    NearestStates,
+    Variant,
+    diversity,
+    first_of_text,
+    is_well_formed,
+    make_variants,
+    needs_mark,
+)
+from ka2l.pool import question_key
+from ka2l.records import DECODED
+from ka2l.seeds import row_seed
+
+_UNKNOWN = 0.5
+
+
+class _Drafts:
+    """Decoded questions on their way through the gates."""
+
+    def __init__(self, variants: Sequence[Variant], questions: Sequence[str]) -> None:
+        self.variants = variants
+        self.questions = questions
+        self.gate: list[str] = ["kept"] * len(questions)
+        self.similarity: list[float | None] = [None] * len(questions)
+        self.p_unknown: list[float | None] = [None] * len(questions)
+
+    @property
+    def left(self) -> np.ndarray:
+        """Rows that have passed every gate so far."""
+        return np.flatnonzero(np.array(self.gate) == "kept")
+
+    def stop(self, rows: Collection[int], passed: np.ndarray, gate: str) -> None:
+        """End the rows that did not pass at ``gate``."""
+        for row, good in zip(rows, passed, strict=True):
+            if not good:
+                self.gate[row] = gate
+
+    def table(self) -> pa.Table:
+        return make_table(
+            {
+                "question_id": [decoded_id(question) for question in self.questions],
+                "question": list(self.questions),
+                "parents": [variant.parents for variant in self.variants],
+                "variant": [variant.kind for variant in self.variants],
+                "gate": self.gate,
+                "similarity": self.similarity,
+                "p_unknown": self.p_unknown,
+            },
+            DECODED,
+        )
+
+
+def decoded_id(question: str) -> str:
+    """Id of a decoded question, from its normalised text."""
+    return f"d-{question_key(question)}"
+
+
+def decode(campaign: Campaign, round_index: int) -> None:
+    """Decode the selected questions' states, and variants of them, into new questions; keep those that pass all gates.
+
+    The gates, in this order: well-formed; not a question of the pool or decoded before, by text and by state; still
+    unknown; answerable by the annotator.
+    """
+    config = campaign.config
+    questions, extracted = campaign.stage("questions"), campaign.stage("extract", round_index)
+    probed, chosen = campaign.stage("probe", round_index), campaign.stage("select", round_index)
+    fitted = campaign.stage("decoder", round_index)
+    earlier = [campaign.stage("decode", index) for index in range(round_index)]
+    source = campaign.stage("decoder", int(fitted.require().metrics["fitted_round"]))
+
+    def work(stage: Stage) -> Outcome:
+        layer = int(probed.require().metrics["layer"])
+        parents = chosen.table(["question_id", "rank"]).sort_by("rank")["question_id"].to_pylist()
+        ids, states = states_of(extracted, parents, layer)
+        seed = row_seed(config.seed, round_index, "decode", "")
+        variants = make_variants(ids, states[:, 0], config.decoder, seed)
+        drafts = _Drafts(variants, _decode(campaign, source.round_index, variants, seed, campaign.log_path(stage)))
+        cost = _gate_drafts(campaign, round_index, drafts, layer, earlier, campaign.log_path(stage))
+        num_wanted = int(config.decoder.share * len(parents))
+        kept = _best(drafts, num_wanted)
+        drafts.stop(drafts.left, np.isin(drafts.left, kept), "surplus")
+        table = drafts.table()
+        order = np.array([*kept, *sorted(set(range(len(variants))) - set(kept))], dtype=int)
+        write_shard(stage.url, shard_name(0), table.take(order), cost)
+        said = campaign.events.say
+        said(f"{stage.label:<22} {len(kept)} of {len(variants):,} decoded questions are kept")
+        return _metrics(drafts), {}
+
+    fields = {"decoder": config.decoder.result_fields(), "annotator": annotator_fields(campaign)}
+    commit_stage(
+        campaign, "decode", round_index, config=fields,
+        inputs=[questions, extracted, probed, chosen, fitted, *([source] if source.label != fitted.label else []),
+                *earlier],
+        work=work,
+    )  # fmt: skip
+
+
+def _decode(
+    campaign: Campaign, fitted_round: int | None, variants: Sequence[Variant], seed: int, log: str
+) -> list[str]:
+    """One question a variant: sampled where the state is a question's own, else the likeliest."""
+    config = campaign.config.decoder
+    wait_until_free(config.cpus_per_worker, config.gpus_per_worker, campaign.config.ray.release_timeout_s)
+    sampled = np.array([variant.kind == "sampled" for variant in variants], dtype=bool)
+    return decode_states(
+        folder=campaign.decoder_dir(fitted_round),
+        model_path=campaign.model.path,
+        states=np.stack([variant.state for variant in variants]),
+        sampled=sampled,
+        config=config,
+        seed=seed,
+        trust_remote_code=campaign.model.trust_remote_code,
+        log_path=log,
+    )
+
+
+def _gate_drafts(
+    campaign: Campaign, round_index: int, drafts: _Drafts, layer: int, earlier: Sequence[Stage], log: str
+) -> dict[str, float]:
+    """Let drafts through the gates; returns what the forward pass took."""
+    config = campaign.config
+    questions, extracted = campaign.stage("questions"), campaign.stage("extract", round_index)
+    first = read_shard(questions.url, questions.shard_names()[0], ["question"])["question"].to_pylist()
+    marked = needs_mark(first)
+    drafts.stop(
+        drafts.left, np.array([is_well_formed(drafts.questions[i], marked=marked) for i in drafts.left]), "malformed"
+    )
+
+    before = [text for stage in earlier for text in _kept(stage)["question"].to_pylist()]
+    wanted = {question_key(drafts.questions[row]) for row in drafts.left}
+    taken = {question_key(text) for text in before}
+    taken |= {key for _, keys in pool_keys(questions) for key in keys if key in wanted}
+    texts = [drafts.questions[row] for row in drafts.left]
+    drafts.stop(drafts.left, first_of_text(texts, taken), "duplicate_text")
+
+    rows = drafts.left
+    if not len(rows):
+        return {}
+    texts = [drafts.questions[row] for row in rows]
+    table, cost = _states(campaign, round_index, layer, [*texts, *before], log)
+    have = {text: row for row, text in enumerate(table["question"].to_pylist())}
+    drafts.stop(rows, np.array([text in have for text in texts]), "malformed")
+    rows = drafts.left
+    states = shard_states_of(table)
+    mine = states[[have[drafts.questions[row]] for row in rows]]
+    near = NearestStates(mine, _centre(extracted, layer))
+    for name in extracted.shard_names():
+        column = layers_of(extracted).index(layer)
+        near.add(shard_states(read_shard(extracted.url, name), extracted)[:, column])
+    near.add(states[[have[text] for text in before if text in have]])
+    probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
+    p_unknown = probe.predict(mine)
+    order = np.argsort(-p_unknown, kind="stable")
+    new = np.zeros(len(rows), dtype=bool)
+    new[order] = near.first_of_kind(order, config.decoder.max_similarity)
+    for position, row in enumerate(rows):
+        drafts.similarity[row] = float(near.similarity[position])
+        drafts.p_unknown[row] = float(p_unknown[position])
+    drafts.stop(rows, new, "duplicate_state")
+    rows = drafts.left
+    drafts.stop(rows, np.array([(drafts.p_unknown[row] or 0.0) >= _UNKNOWN for row in rows], dtype=bool), "known")
+
+    rows = drafts.left
+    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}))
+    can: Callable[[Mapping[str, str]], set[str]] | None = getattr(annotator, "answerable", None)
+    asked = {decoded_id(drafts.questions[row]): drafts.questions[row] for row in rows}
+    answerable = set(asked) if can is None else can(asked)
+    drafts.stop(rows, np.array([name in answerable for name in asked], dtype=bool), "unanswerable")
+    return cost
+
+
+def _states(
+    campaign: Campaign, round_index: int, layer: int, texts: Sequence[str], log: str
+) -> tuple[pa.Table, dict[str, float]]:
+    """States of some texts under this round's model state; texts that cannot be forwarded are left out."""
+    config = campaign.config
+    extraction = one_layer(config.extraction, layer)
+    wait_until_free(extraction.cpus_per_replica, extraction.gpus_per_replica, config.ray.release_timeout_s)
+    make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
+    return extract_states(make, texts, cpus=extraction.cpus_per_replica, gpus=extraction.gpus_per_replica, log_path=log)
+
+
+def shard_states_of(table: pa.Table) -> np.ndarray:
+    """States of one layer, shape (num_rows, D)."""
+    column = table["states"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
+
+
+def _centre(extracted: Stage, layer: int) -> np.ndarray:
+    """Mean state of the pool, shape (D,)."""
+    column, total, count = layers_of(extracted).index(layer), 0.0, 0
+    for name in extracted.shard_names():
+        states = shard_states(read_shard(extracted.url, name), extracted)[:, column].astype(np.float64)
+        total, count = total + states.sum(axis=0), count + len(states)
+    return np.asarray(total / max(1, count))
+
+
+def _best(drafts: _Drafts, num_wanted: int) -> list[int]:
+    """Rows to annotate: one of each parent in turn, the likeliest unknown first."""
+    rows = sorted(drafts.left.tolist(), key=lambda row: -(drafts.p_unknown[row] or 0.0))
+    turn: Counter[str] = Counter()
+    turns = []
+    for row in rows:
+        parent = drafts.variants[row].parents[0]
+        turns.append((turn[parent], row))
+        turn[parent] += 1
+    return [row for _, row in sorted(turns, key=lambda item: item[0])][:num_wanted]
+
+
+def _kept(stage: Stage) -> pa.Table:
+    table = stage.table()
+    return table.filter(pc.equal(table["gate"], "kept"))
+
+
+def _metrics(drafts: _Drafts) -> dict[str, Any]:
+    """How many drafts ended where, by variant; the share that passed all gates; how different they are."""
+    gates = Counter(drafts.gate)
+    by_variant: dict[str, Counter[str]] = {}
+    for variant, gate in zip(drafts.variants, drafts.gate, strict=True):
+        by_variant.setdefault(variant.kind, Counter())[gate] += 1
+
+    def passed(counts: Mapping[str, int]) -> float:
+        return (counts.get("kept", 0) + counts.get("surplus", 0)) / max(1, sum(counts.values()))
+
+    kept = [question for question, gate in zip(drafts.questions, drafts.gate, strict=True) if gate == "kept"]
+    return {
+        "num_drafts": len(drafts.gate),
+        "num_kept": len(kept),
+        "gates": {gate: gates.get(gate, 0) for gate in GATES},
+        "by_variant": {
+            kind: {gate: counts.get(gate, 0) for gate in GATES} | {"passed": passed(counts)}
+            for kind, counts in by_variant.items()
+        },
+        "passed": passed(gates),
+        **diversity(kept),
+    }

@@ -1,0 +1,117 @@
+"""A decoder reads from a state what the question was: trained for real, on questions of a few words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ka2l.decoder_config import DecoderConfig
+from ka2l.errors import ModelError, PoolError
+
+NAMES = ["paris", "rome", "oslo", "cairo", "lima", "tokyo", "delhi", "quito"]
+VERBS = ["where is", "who built", "how old is", "who left"]
+WIDTH = 24
+
+
+def pairs() -> tuple[np.ndarray, list[str]]:
+    """Questions and states that hold their parts: one direction a name, one a verb, and a little noise."""
+    directions = np.random.default_rng(0).normal(size=(len(NAMES) + len(VERBS), WIDTH))
+    states, questions = [], []
+    rng = np.random.default_rng(1)
+    for (v, verb), (n, name) in itertools.product(enumerate(VERBS), enumerate(NAMES)):
+        for _ in range(12):
+            states.append(directions[n] + directions[len(NAMES) + v] + rng.normal(scale=0.05, size=WIDTH))
+            questions.append(f"{verb} {name}?")
+    return np.array(states, dtype=np.float32), questions
+
+
+def settings(kind: str = "inversion", **values: Any) -> DecoderConfig:
+    defaults = {"num_epochs": 6.0, "batch_size": 32, "learning_rate": 0.01, "num_soft_tokens": 4, "max_tokens": 16}
+    return DecoderConfig(kind=kind, **{**defaults, **values})
+
+
+@pytest.mark.parametrize("kind", ["inversion", "self_inversion"])
+def test_a_decoder_reads_questions_from_states_it_never_saw(
+    kind: str, tiny_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    from ka2l.decoder_training import fidelity, load_decoder, train_decoder
+
+    model = str(tiny_models("llama-2"))
+    states, questions = pairs()
+    held_out = np.arange(len(questions)) % 4 == 0
+    train = [question for question, out in zip(questions, held_out, strict=True) if not out]
+    config = settings(kind, num_epochs=12.0 if kind == "inversion" else 24.0)
+    reports: list[dict[str, Any]] = []
+    metrics = train_decoder(model, states[~held_out], train, config, str(tmp_path), 0, progress=reports.append)
+    decoder = load_decoder(str(tmp_path), model, WIDTH, config)
+    decoded = decoder.decode(states[held_out], 0)
+    measured = fidelity(decoded, [question for question, out in zip(questions, held_out, strict=True) if out])
+
+    assert metrics["last_loss"] < 0.5 * metrics["first_loss"]
+    assert reports[-1]["step"] == reports[-1]["num_steps"] == metrics["num_steps"]
+    # What is right by chance: one question of 32.
+    assert measured["exact_match"] > 0.5
+    assert measured["token_f1"] >= measured["exact_match"]
+
+
+def test_going_on_from_a_decoder_starts_where_it_ended(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+    from ka2l.decoder_training import train_decoder
+
+    model = str(tiny_models("llama-2"))
+    states, questions = pairs()
+    first = train_decoder(model, states, questions, settings(), str(tmp_path / "a"), 0)
+    again = train_decoder(
+        model, states, questions, settings(refit_epochs=1), str(tmp_path / "b"), 0, previous=str(tmp_path / "a")
+    )
+    assert again["refitted"]
+    assert again["first_loss"] < 0.7 * first["first_loss"]
+    assert again["num_steps"] == 12
+
+
+def test_the_same_training_gives_the_same_decoder(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+    from ka2l.decoder_training import load_decoder, train_decoder
+
+    model = str(tiny_models("llama-2"))
+    states, questions = pairs()
+    config = settings(num_epochs=2.0)
+    decoded = []
+    for name in ("a", "b"):
+        train_decoder(model, states, questions, config, str(tmp_path / name), 3)
+        decoder = load_decoder(str(tmp_path / name), model, WIDTH, config)
+        decoded.append(decoder.decode(states[:20], 1, temperature=1.0))
+    assert decoded[0] == decoded[1]
+
+
+def test_questions_that_are_all_too_long_are_an_error(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+    from ka2l.decoder_training import train_decoder
+
+    states, questions = pairs()
+    with pytest.raises(PoolError, match="at most 4 tokens"):
+        train_decoder(
+            str(tiny_models("llama-2")), states, ["a " * 40 + q for q in questions], settings(max_tokens=4),
+            str(tmp_path), 0,
+        )  # fmt: skip
+
+
+def test_a_model_that_is_no_encoder_decoder_is_refused(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+    from ka2l.decoder_training import train_decoder
+
+    model = str(tiny_models("llama-2"))
+    states, questions = pairs()
+    with pytest.raises(ModelError, match="as an encoder-decoder"):
+        train_decoder(model, states, questions, settings(model=model), str(tmp_path), 0)
+
+
+def test_fidelity_of_a_perfect_and_of_an_empty_decoding() -> None:
+    from ka2l.decoder_training import fidelity
+
+    asked = ["where is the old town of paris?", "who built the tower of london?"]
+    perfect = fidelity(asked, asked)
+    assert (perfect["exact_match"], perfect["token_f1"]) == (1.0, 1.0)
+    assert perfect["bleu"] == pytest.approx(100.0)
+    assert fidelity(["", ""], asked)["token_f1"] == 0.0
