@@ -24,11 +24,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from arms import run_arm
 from machine import write_result
 
 #: What differs from the quickstart in every arm.
@@ -57,20 +56,10 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def ka2l(*words: str) -> None:
-    """Run the command line as a user would."""
-    subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
-
-
-def run_arm(arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """One run; goes on with what is committed in ``work``."""
+def finished(arm: str, seed: int, work: Path) -> dict[str, Any]:
+    """The figures of one run; goes on with what is committed in ``work``."""
     folder = work / f"seed-{seed}" / arm
-    sets = [f"seed={seed}", f"testbed.seed={seed}", *COMMON, *ARMS[arm]]
-    options = [word for item in sets for word in ("--set", item)]
-    if (folder / "config.yaml").exists():
-        ka2l("resume", str(folder), *options)
-    else:
-        ka2l("run", "quickstart", "--run-dir", str(folder), *options)
+    run_arm(folder, [f"seed={seed}", f"testbed.seed={seed}", *COMMON, *ARMS[arm]])
     return digest(folder)
 
 
@@ -107,7 +96,7 @@ def main() -> None:
     per_seed: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            found = run_arm(arm, seed, arguments.work)
+            found = finished(arm, seed, arguments.work)
             per_seed.setdefault(str(seed), {})[arm] = found
             print(seed, arm, json.dumps(found), flush=True)
     path = write_result("decoder", {"by_seed": per_seed}, arguments.out)

@@ -56,6 +56,8 @@ def run(campaign: Campaign) -> None:
         publish(campaign, "running")
     stages.observe(campaign, rounds)
     stages.cluster(campaign, rounds)
+    if rounds > 0:
+        stages.feedback(campaign, rounds)
     publish(campaign, "complete", reason)
 
 

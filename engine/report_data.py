@@ -145,6 +145,11 @@ class RoundReport:
         """Whether questions were decoded in this round."""
         return "decode" in self.stages
 
+    @property
+    def graded(self) -> bool:
+        """Whether annotations have shown by this round where the base model was right."""
+        return bool(self.stage("feedback").metrics.get("revealed"))
+
     def stage(self, name: str) -> StageReport:
         """A stage's numbers; empty where the stage is not committed."""
         return self.stages.get(name, StageReport())
@@ -260,6 +265,12 @@ def summary(data: ReportData) -> dict[str, Any]:
                 },
                 "unknown_fraction": unknown_fraction(item),
                 "decoded": _decoded(item),
+                "quadrants": {
+                    "revealed": item.stage("feedback").metrics["revealed"],
+                    "left": knowledge.metrics.get("quadrants"),
+                }
+                if item.graded
+                else None,
                 "cost": {
                     "annotation": int(item.cost("annotations")),
                     "money": item.cost("money"),

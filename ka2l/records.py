@@ -104,6 +104,10 @@ KNOWLEDGE = pa.schema(
         _field("p_unknown", pa.float32(), "calibrated probability of unknown under this round's model state"),
         _field("logit", pa.float32(), "log-odds of p_unknown"),
         _field("score", pa.float32(), "evidence for unknown over all model states so far; ranks the candidates"),
+        _field(
+            "p_wrong", pa.float32(), "probability that the base model answers wrongly; null before annotations", True
+        ),
+        _field("quadrant", pa.string(), "one of correctness.QUADRANTS, for the base model; null as above", True),
         _field("pca_0", pa.float32(), "first principal component of the chosen layer's states"),
         _field("pca_1", pa.float32(), "second principal component"),
     ]

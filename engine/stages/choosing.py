@@ -34,7 +34,7 @@ def select(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         # Whatever was asked before is not asked again, even where the annotator refused it.
         taken = {name for index in range(round_index) for name in asked_ids(campaign, index)}
-        table = known.table(["question_id", "split", "score", "p_unknown"])
+        table = known.table(["question_id", "split", "score", "p_unknown", "p_wrong"])
         table = table.filter(pc.equal(table["split"], "candidate"))
         rows = [row for row in table.to_pylist() if row["question_id"] not in taken]
         ids = [row["question_id"] for row in rows]
@@ -46,8 +46,13 @@ def select(campaign: Campaign, round_index: int) -> None:
             states=_chosen_states(campaign, extracted, round_index, ids)
             if config.selection.kind == "probe_diverse" or ":" in config.selection.kind
             else None,
+            p_wrong=None if any(row["p_wrong"] is None for row in rows) else np.array([row["p_wrong"] for row in rows]),
         )
-        wanted = config.selection.model_copy(update={"budget": min(budget, len(ids))})
+        # What the last round explores, no later round can use.
+        is_last = round_index == config.rounds - 1
+        wanted = config.selection.model_copy(
+            update={"budget": min(budget, len(ids))} | ({"explore": 0.0} if is_last else {})
+        )
         strategy = build.strategy(config.selection)
         chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""), strategy)
         columns = {

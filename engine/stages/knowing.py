@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from engine.stages.tables import (
     shard_states,
     states_of,
 )
+from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
 from ka2l.evidence import combine, doubt
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
@@ -123,7 +124,11 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             cpus=1.0,
             gpus=0.0,
         )
-        return {"num_sampled": num_rows(stage), "num_annotated": len(revealed)}, {}
+        return {
+            "num_sampled": num_rows(stage),
+            "num_annotated": len(revealed),
+            "revealed": _revealed(campaign, stage),
+        }, {}
 
     commit_stage(
         campaign, "feedback", round_index, config=config.result_fields(),
@@ -131,8 +136,25 @@ def feedback(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
+def _revealed(campaign: Campaign, stage: Stage) -> dict[str, int]:
+    """What annotation has shown of the base model: annotated questions by how sure it was and whether it was right.
+
+    Sure means that at least half of its sampled answers say the same.
+    """
+    counts = dict.fromkeys(QUADRANTS, 0)
+    for name in sorted(stage.finished_shards()):
+        table = read_shard(stage.url, name, ["question_id", "semantic_ids", "correct"])
+        table = table.filter(pc.is_valid(table["correct"]))
+        own = _own_doubt(by_id(table, "semantic_ids"), table["question_id"].to_pylist())
+        wrong = ~np.array(table["correct"].to_pylist(), dtype=bool)
+        for quadrant in quadrants(np.nan_to_num(own, nan=1.0), wrong.astype(float)):
+            counts[quadrant] += 1
+    return counts
+
+
 def knowledge(campaign: Campaign, round_index: int) -> None:
-    """The knowledge map: P(unknown) of every question now, and the evidence over all states so far."""
+    """The knowledge map: P(unknown) of every question now, the evidence over all states so far, and where annotation
+    says that the base model is wrong."""
     questions = campaign.stage("questions")
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
     base = campaign.stage("extract", 0)
@@ -143,6 +165,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         fitted = load_stage_probe(campaign, probed)
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
+        second = _second_axis(campaign, graded[0], round_index) if graded else None
         for name in extracted.shard_names():
             table = read_shard(extracted.url, name)
             ids = table["question_id"].to_pylist()
@@ -162,9 +185,12 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
             else:
                 score = combine(logits)
             components = fitted.pca(states)
+            judged = second(name) if second else {}
             columns = {
                 "question_id": table["question_id"],
                 "split": table["split"],
+                "p_wrong": [judged[question_id].p_wrong if question_id in judged else None for question_id in ids],
+                "quadrant": [judged[question_id].quadrant if question_id in judged else None for question_id in ids],
                 "p_unknown": fitted.predict(states),
                 "logit": logits,
                 "score": score,
@@ -179,6 +205,53 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
         campaign, "knowledge", round_index, config=campaign.config.probe.result_fields(),
         inputs=[questions, extracted, probed, campaign.stage("cluster", round_index), *answers, *first], work=work,
     )  # fmt: skip
+
+
+class _Judged(NamedTuple):
+    p_wrong: float
+    quadrant: str
+
+
+def _second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable[[str], dict[str, _Judged]] | None:
+    """Judges a shard's questions by a correctness head that is fitted on what has been annotated; None where no
+    annotated question has an answer of the base model to grade.
+
+    Both axes are the base model's: later states have been told the answers of the annotated questions.
+    """
+    base, probed = campaign.stage("extract", 0), campaign.stage("probe", 0)
+    layer = probed.require().metrics["layer"]
+    wrong = {
+        row["question_id"]: not row["correct"]
+        for row in graded.table(["question_id", "correct"]).to_pylist()
+        if row["correct"] is not None
+    }
+    if not wrong:
+        return None
+    fitted = load_stage_probe(campaign, probed)
+
+    def evidence(ids: Sequence[str], states: np.ndarray, semantic_ids: Mapping[str, Sequence[int]]) -> np.ndarray:
+        return combine(fitted.predict_logit(states), own_doubt=_own_doubt(semantic_ids, ids))
+
+    ids, states = states_of(base, list(wrong), layer)
+    sampled = graded.table(["question_id", "semantic_ids"])
+    sampled = sampled.filter(pc.is_in(sampled["question_id"], pa.array(ids, pa.string())))
+    head = fit_correctness(
+        states[:, 0],
+        evidence(ids, states[:, 0], by_id(sampled, "semantic_ids")),
+        np.array([wrong[question_id] for question_id in ids]),
+        row_seed(campaign.config.seed, round_index, "correctness", ""),
+    )
+
+    def judge(name: str) -> dict[str, _Judged]:
+        rows = read_shard(base.url, name)
+        ids = rows["question_id"].to_pylist()
+        states = shard_states(rows, base)[:, layers_of(base).index(layer)]
+        own = by_id(read_shard(graded.url, name, ["question_id", "semantic_ids"]), "semantic_ids")
+        doubts = evidence(ids, states, own)
+        p_wrong = head.predict(states, doubts)
+        return dict(zip(ids, map(_Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
+
+    return judge
 
 
 def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
@@ -228,7 +301,10 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     """
     names = sorted(stage.finished_shards())
     table = pa.concat_tables(
-        [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown"]) for name in names]
+        [
+            read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown", "p_wrong", "quadrant"])
+            for name in names
+        ]
     )
     scored = table.filter(pc.equal(table["split"], "eval"))
     candidates = table.filter(pc.equal(table["split"], "candidate"))
@@ -253,4 +329,9 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
             np.array(wrong), np.array(scores), row_seed(campaign.config.seed, round_index, "auroc", "")
         )
         metrics |= {"auroc_wrong": estimate.value, "auroc_wrong_ci": [estimate.low, estimate.high]}
+    if round_index and candidates.num_rows and not candidates["quadrant"].null_count:
+        left = candidates.filter(
+            pc.invert(pc.is_in(candidates["question_id"], pa.array(annotated_ids(campaign, round_index), pa.string())))
+        )
+        metrics["quadrants"] = {name: left["quadrant"].to_pylist().count(name) for name in QUADRANTS}
     return metrics
