@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
@@ -92,6 +92,14 @@ class RunConfig(Section):
     """Caps."""
     ray: RayConfig = RayConfig()
     """Where workers live."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.selection.kind == "two_axis" and self.tuning.rehearsal == 0:
+            raise ValueError(
+                "selection.kind two_axis learns from the model's own answers to candidates: set tuning.rehearsal > 0"
+            )
+        return self
 
 
 def preset_names() -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.stages.judging import count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     annotated_ids,
     by_id,
@@ -27,8 +28,8 @@ from engine.stages.tables import (
     shard_states,
     states_of,
 )
-from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
-from ka2l.evidence import combine, doubt
+from ka2l.correctness import QUADRANTS
+from ka2l.evidence import combine
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe
@@ -127,29 +128,13 @@ def feedback(campaign: Campaign, round_index: int) -> None:
         return {
             "num_sampled": num_rows(stage),
             "num_annotated": len(revealed),
-            "revealed": _revealed(campaign, stage),
+            "revealed": count_revealed(stage),
         }, {}
 
     commit_stage(
         campaign, "feedback", round_index, config=config.result_fields(),
         inputs=[questions, source[1], *answers], work=work,
     )  # fmt: skip
-
-
-def _revealed(campaign: Campaign, stage: Stage) -> dict[str, int]:
-    """What annotation has shown of the base model: annotated questions by how sure it was and whether it was right.
-
-    Sure means that at least half of its sampled answers say the same.
-    """
-    counts = dict.fromkeys(QUADRANTS, 0)
-    for name in sorted(stage.finished_shards()):
-        table = read_shard(stage.url, name, ["question_id", "semantic_ids", "correct"])
-        table = table.filter(pc.is_valid(table["correct"]))
-        own = _own_doubt(by_id(table, "semantic_ids"), table["question_id"].to_pylist())
-        wrong = ~np.array(table["correct"].to_pylist(), dtype=bool)
-        for quadrant in quadrants(np.nan_to_num(own, nan=1.0), wrong.astype(float)):
-            counts[quadrant] += 1
-    return counts
 
 
 def knowledge(campaign: Campaign, round_index: int) -> None:
@@ -165,7 +150,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         fitted = load_stage_probe(campaign, probed)
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
-        second = _second_axis(campaign, graded[0], round_index) if graded else None
+        second = second_axis(campaign, graded[0], round_index) if graded else None
         for name in extracted.shard_names():
             table = read_shard(extracted.url, name)
             ids = table["question_id"].to_pylist()
@@ -180,7 +165,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 score = combine(
                     np.array([then.get(question_id, 0.0) for question_id in ids]),
                     [*later, logits],
-                    _own_doubt(by_id(sampled, "semantic_ids"), ids),
+                    own_doubts(by_id(sampled, "semantic_ids"), ids),
                 )
             else:
                 score = combine(logits)
@@ -207,61 +192,9 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-class _Judged(NamedTuple):
-    p_wrong: float
-    quadrant: str
-
-
-def _second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable[[str], dict[str, _Judged]] | None:
-    """Judges a shard's questions by a correctness head that is fitted on what has been annotated; None where no
-    annotated question has an answer of the base model to grade.
-
-    Both axes are the base model's: later states have been told the answers of the annotated questions.
-    """
-    base, probed = campaign.stage("extract", 0), campaign.stage("probe", 0)
-    layer = probed.require().metrics["layer"]
-    wrong = {
-        row["question_id"]: not row["correct"]
-        for row in graded.table(["question_id", "correct"]).to_pylist()
-        if row["correct"] is not None
-    }
-    if not wrong:
-        return None
-    fitted = load_stage_probe(campaign, probed)
-
-    def evidence(ids: Sequence[str], states: np.ndarray, semantic_ids: Mapping[str, Sequence[int]]) -> np.ndarray:
-        return combine(fitted.predict_logit(states), own_doubt=_own_doubt(semantic_ids, ids))
-
-    ids, states = states_of(base, list(wrong), layer)
-    sampled = graded.table(["question_id", "semantic_ids"])
-    sampled = sampled.filter(pc.is_in(sampled["question_id"], pa.array(ids, pa.string())))
-    head = fit_correctness(
-        states[:, 0],
-        evidence(ids, states[:, 0], by_id(sampled, "semantic_ids")),
-        np.array([wrong[question_id] for question_id in ids]),
-        row_seed(campaign.config.seed, round_index, "correctness", ""),
-    )
-
-    def judge(name: str) -> dict[str, _Judged]:
-        rows = read_shard(base.url, name)
-        ids = rows["question_id"].to_pylist()
-        states = shard_states(rows, base)[:, layers_of(base).index(layer)]
-        own = by_id(read_shard(graded.url, name, ["question_id", "semantic_ids"]), "semantic_ids")
-        doubts = evidence(ids, states, own)
-        p_wrong = head.predict(states, doubts)
-        return dict(zip(ids, map(_Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
-
-    return judge
-
-
 def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
     found = by_id(table, "logit")
     return np.array([found.get(question_id, 0.0) for question_id in ids])
-
-
-def _own_doubt(semantic_ids: Mapping[str, Sequence[int]], ids: Sequence[str]) -> np.ndarray:
-    counts = [np.bincount(semantic_ids[name]) if name in semantic_ids else np.zeros(1, int) for name in ids]
-    return doubt(np.array([count.max() for count in counts]), np.array([count.sum() for count in counts]))
 
 
 def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) -> Probe:

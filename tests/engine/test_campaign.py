@@ -19,6 +19,7 @@ from engine.artifacts import RunDirectory
 from engine.events import read_events
 from engine.ledger import ROUND_STAGES, committed_stages
 from ka2l import records
+from ka2l.correctness import QUADRANTS
 from ka2l.pool import normalise_question
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,7 @@ def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
         *((name, 1) for name in stages),
         ("observe", 2),
         ("cluster", 2),
+        ("feedback", 2),  # what the last annotations have shown
     ]
 
 
@@ -122,6 +124,25 @@ def test_only_eval_answers_are_graded(run: RunDirectory) -> None:
     for index in range(3):
         for row in run.stage("cluster", index).table().to_pylist():
             assert (row["correct"] is not None) == (row["purpose"] == "eval")
+
+
+def test_from_the_first_annotations_on_knowledge_has_a_second_axis(run: RunDirectory) -> None:
+    first, second = (run.stage("knowledge", index).table() for index in range(2))
+    assert first["p_wrong"].null_count == first["quadrant"].null_count == first.num_rows
+    assert second["p_wrong"].null_count == 0
+    assert all(0 <= value <= 1 for value in second["p_wrong"].to_pylist())
+    assert set(second["quadrant"].to_pylist()) <= set(QUADRANTS)
+    left = run.stage("knowledge", 1).require().metrics["quadrants"]
+    assert sum(left.values()) == 60 - 12
+    revealed = [run.stage("feedback", index).require().metrics["revealed"] for index in (1, 2)]
+    assert [sum(counts.values()) for counts in revealed] == [12, 24]
+    assert revealed[1]["known"] == revealed[1]["lucky"] == 0  # random weights answer nothing right
+    summary = json.loads((Path(run.path) / "summary.json").read_text())
+    assert [row["quadrants"] for row in summary["rounds"]] == [
+        None,
+        {"revealed": revealed[0], "left": left},
+        {"revealed": revealed[1], "left": None},
+    ]
 
 
 def test_each_round_asks_another_model_state(run: RunDirectory) -> None:
