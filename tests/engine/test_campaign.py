@@ -266,7 +266,7 @@ def test_a_stage_and_all_after_it_can_be_made_again(copy: Path, ka2l: Any, on_cl
     after = committed(copy)
     assert after.keys() == before.keys()
     changed = {name for name in before if after[name] != before[name]}
-    remade = {"round-001/tune", "round-002/observe", "round-002/cluster"}
+    remade = {"round-001/tune", "round-002/observe", "round-002/cluster", "round-002/feedback"}
     assert {name.removesuffix("/manifest.json") for name in changed if name.endswith(".json")} >= remade
     assert {"/".join(name.split("/")[:2]) for name in changed} == remade
     for stage in ("observe", "cluster"):

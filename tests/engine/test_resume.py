@@ -48,6 +48,7 @@ ENDS: list[dict[str, Any]] = [
     *({"event": "stage_committed", "stage": name, "round": 1} for name in ROUND_STAGES if name not in DECODER),
     {"event": "stage_committed", "stage": "observe", "round": 2},
     {"event": "stage_committed", "stage": "cluster", "round": 2},
+    {"event": "stage_committed", "stage": "feedback", "round": 2},
 ]
 #: Stages that go on with their whole shards; all others are made in one go.
 BY_SHARD = ("observe", "cluster", "extract", "feedback", "annotate")
