@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
     from engine.config import RayConfig, RunConfig
+    from engine.prices import PricesConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
 app = typer.Typer(
@@ -117,15 +119,47 @@ def status(run_dir: RunDirArgument) -> None:
 
 
 @app.command()
-def report(run_dir: RunDirArgument) -> None:
-    """Write report.html and summary.json again from what is committed. Reads files only."""
+def report(
+    run_dir: RunDirArgument,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="A finished run of the same model and pool to compare with; may be repeated."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PRICES.B=C", help="Change one price, for this report alone.")
+    ] = None,
+) -> None:
+    """Write report.html and summary.json again from what is committed. Reads files only.
+
+    Example: ka2l report runs/mine --baseline runs/random --set prices.annotation=0.4
+    """
     from engine.artifacts import RunDirectory
     from engine.report import write_report
 
     target = RunDirectory(run_dir)
-    _require(target)
-    write_report(target)
+    prices = _changed_prices(_require(target), overrides or ())
+    write_report(target, prices=prices, baselines=baselines or ())
     typer.echo(f"{target.url}/report.html")
+
+
+def _changed_prices(config_text: str, overrides: Sequence[str]) -> PricesConfig | None:
+    """A run's prices with ``--set`` applied; None where nothing is set. The rest of its config is not looked at."""
+    import yaml
+
+    from engine.config import parse_config
+
+    if not overrides:
+        return None
+    if others := [override for override in overrides if not override.strip().startswith("prices.")]:
+        raise ConfigError(
+            f"a report can change prices alone, not {others[0]!r}", hint="For example --set prices.annotation=0.4"
+        )
+    try:
+        values = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        values = None
+    known = {"prices": values.get("prices") or {}} if isinstance(values, dict) else {}
+    return parse_config(yaml.safe_dump(known), overrides, "--set").prices
 
 
 @app.command()

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from engine.prices import PricesConfig
 from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
 from ka2l.equivalence import EquivalenceConfig
@@ -52,7 +53,7 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything about a run."""
 
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "ray"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "ray"})
 
     name: str = "run"
     """Names the run directory ``runs/NAME`` where none is given."""
@@ -90,6 +91,8 @@ class RunConfig(Section):
     """How the adapter is tuned."""
     budget: BudgetConfig = BudgetConfig()
     """Caps."""
+    prices: PricesConfig = PricesConfig()
+    """What the report's net saving reckons with."""
     ray: RayConfig = RayConfig()
     """Where workers live."""
 
