@@ -17,6 +17,7 @@ from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
 from engine.events import Events
+from engine.hours import Hours
 from engine.meter import Meter
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
@@ -39,7 +40,12 @@ class Campaign:
     """The pool with ``testbed`` resolved to a file."""
     meter: Meter = field(default_factory=Meter, init=False)
     """Counts what the stage at work takes."""
+    hours: Hours = field(init=False)
+    """What is left of the cap on hours."""
     _model_id: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.hours = Hours(self.run, self.config.budget.hours)
 
     @property
     def model_id(self) -> str:
@@ -179,6 +185,7 @@ def commit_stage(
 
     Raises:
         StaleStageError: it was made with another config.
+        HoursUsedUp: it is not begun, since it would not end within the cap on hours.
         StageFailedError: the work failed in a way that no KA2LError describes.
     """
     stage = campaign.stage(name, round_index)
@@ -189,6 +196,7 @@ def commit_stage(
     if stage.is_complete(wanted, config, used):
         stage.verify()
         return stage
+    campaign.hours.check(campaign, name, round_index)
     for source in inputs:
         source.verify()
     campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)

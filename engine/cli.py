@@ -15,7 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
+from ka2l.errors import (
+    AnnotationsPending,
+    ConfigError,
+    HoursUsedUp,
+    KA2LError,
+    ModelError,
+    RunDirectoryError,
+    StaleStageError,
+)
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
@@ -287,8 +295,11 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     events.emit("run_started", pid=os.getpid())
     campaign = Campaign(config, target, events, model, pool_path)
     try:
-        with _ray(config, f"{target.logs()}/driver.log"):
+        with _ray(config, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             (loop.probe if only_probe else loop.run)(campaign)
+    except HoursUsedUp as used_up:
+        events.say(used_up.message)
+        loop.publish(campaign, "complete", used_up.message)
     except AnnotationsPending as pending:
         events.emit("run_paused", reason=pending.message)
         loop.publish(campaign, "paused", pending.message)
@@ -305,10 +316,10 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
 
 
 def _note_failure(campaign: Campaign) -> None:
-    from engine.report import write_report
+    from engine.loop import publish
 
     try:
-        write_report(campaign.run, "failed")
+        publish(campaign, "failed")
     except Exception as error:  # the first error is the one to show
         campaign.events.say(f"(the report could not be written: {error})")
 
