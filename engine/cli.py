@@ -137,19 +137,28 @@ def report(run_dir: RunDirArgument) -> None:
 
 
 @app.command()
-def estimate(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Predict forward passes, tokens, annotations and seconds from the config and a short measured warm-up.
+def estimate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File that takes the figures for machines.")] = None,
+) -> None:
+    """Predict tokens, forward passes, annotations, seconds and money, from the config and a short measured warm-up.
 
-    Nothing is annotated and no run directory is written.
+    Nothing is paid for and no run directory is written.
+    Example: ka2l estimate quickstart --json estimate.json
     """
     from engine.config import load_config
     from engine.estimate import estimate as predict
 
     loaded = load_config(config, overrides or ())
+    if json_path is not None and not json_path.parent.is_dir():
+        raise ConfigError(f"--json {json_path}: there is no such folder", hint="Make it first.")
     model, pool_path = _resolve_testbed(loaded)
     _check_inputs(loaded, model, pool_path)
     with _ray(loaded, os.devnull):
-        predict(loaded, model, pool_path, Console())
+        made = predict(loaded, model, pool_path, Console())
+    if json_path is not None:
+        json_path.write_text(made.as_json(), encoding="utf-8")
 
 
 @app.command("config")
