@@ -26,7 +26,8 @@ from engine.artifacts import RunDirectory
 from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
-from engine.warm_up import Decoding, Range, Rates, exactly, measure
+from engine.ledger import committed_stages
+from engine.warm_up import Decoding, Range, Rates, exactly, measure, measured_once
 from ka2l.models import ModelConfig
 from ka2l.prompts import teacher_messages
 from ka2l.records import SCHEMA_VERSION, SPLITS
@@ -44,7 +45,7 @@ class Prediction:
     """What one stage of one round takes, or several together."""
 
     round_index: int | None
-    """None for the whole run."""
+    """-1 for the pool, as in the ledger; None for the whole run."""
     stage: str
     """Empty for several."""
     rows: int = 0
@@ -135,7 +136,10 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         rates = measure(campaign, Path(folder))
         teaching = _teaching(campaign) if config.annotator.teacher and config.annotator.kind == "teacher" else None
         cap = campaign.budget_cap()
-    made = Estimate(counts, *_capped(config, counts, rates, cap, teaching))
+        reading = [stage.require().seconds for stage in committed_stages(full)]
+    predictions, notes = _capped(config, counts, rates, cap, teaching)
+    pool = _held(Prediction(-1, "pool", sum(counts.values()), seconds=measured_once(sum(reading))))
+    made = Estimate(counts, [pool, *predictions], notes)
     _print(made, console)
     return made
 
@@ -330,10 +334,11 @@ _HEADINGS = (
 
 def _print(made: Estimate, console: Console) -> None:
     table = Table(*_HEADINGS, title="estimate (rows: questions; optimiser steps for decoder and tune)")
-    for index, rows in groupby(made.stages, lambda row: row.round_index):
-        for row in rows:
-            table.add_row(str(index), row.stage, *_cells(row))
-        table.add_row(str(index), "all", *_cells(made.rounds[int(index or 0)]), end_section=True)
+    for together in made.rounds:
+        for row in made.stages:
+            if row.round_index == together.round_index:
+                table.add_row(_round(row), row.stage, *_cells(row))
+        table.add_row(_round(together), "all", *_cells(together), end_section=True)
     table.add_row("", "run", *_cells(made.total))
     for name in ("low", "high"):
         ends = [getattr(getattr(made.total, item), name) for item in
@@ -342,6 +347,10 @@ def _print(made: Estimate, console: Console) -> None:
     console.print(table)
     for note in made.notes:
         console.print(note, highlight=False)
+
+
+def _round(row: Prediction) -> str:
+    return "" if row.round_index == -1 else str(row.round_index)
 
 
 def _cells(row: Prediction) -> list[str]:
