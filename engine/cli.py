@@ -325,10 +325,12 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
 
 
 def _note_failure(campaign: Campaign) -> None:
-    from engine.loop import publish
+    from engine.ledger import write_ledger
+    from engine.report import write_report
 
     try:
-        publish(campaign, "failed")
+        write_report(campaign.run, "failed")
+        write_ledger(campaign.run)
     except Exception as error:  # the first error is the one to show
         campaign.events.say(f"(the report could not be written: {error})")
 
