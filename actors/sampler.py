@@ -172,6 +172,7 @@ class SamplerHost:
         ]
         stats = {
             "generate_seconds": seconds,
+            "forward_passes": float(sum(answers[0].finish_reason != "rejected" for answers in generations)),
             "tokens_prompt": float(sum(len(request.prompt_token_ids) for request in requests)),
             "tokens_generated": float(sum(row["num_tokens"] for row in rows)),
             "num_rejected": float(sum(row["finish_reason"] == "rejected" for row in rows)),

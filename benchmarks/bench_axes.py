@@ -35,6 +35,8 @@ COMMON = [
     "testbed.partly_share=0.2",
     "testbed.wrong_share=0.7",
     "testbed.wrong_relations=[employer]",
+    # More well-known facts than in the quickstart take more steps to learn.
+    "testbed.num_steps=600",
 ]
 ARMS: dict[str, list[str]] = {
     "probe": [],

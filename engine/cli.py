@@ -16,7 +16,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
+from ka2l.errors import (
+    AnnotationsPending,
+    ConfigError,
+    HoursUsedUp,
+    KA2LError,
+    ModelError,
+    RunDirectoryError,
+    StaleStageError,
+)
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
@@ -163,19 +171,28 @@ def _changed_prices(config_text: str, overrides: Sequence[str]) -> PricesConfig 
 
 
 @app.command()
-def estimate(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Predict forward passes, tokens, annotations and seconds from the config and a short measured warm-up.
+def estimate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File that takes the figures for machines.")] = None,
+) -> None:
+    """Predict tokens, forward passes, annotations, seconds and money, from the config and a short measured warm-up.
 
-    Nothing is annotated and no run directory is written.
+    Nothing is paid for and no run directory is written.
+    Example: ka2l estimate quickstart --json estimate.json
     """
     from engine.config import load_config
     from engine.estimate import estimate as predict
 
     loaded = load_config(config, overrides or ())
+    if json_path is not None and not json_path.parent.is_dir():
+        raise ConfigError(f"--json {json_path}: there is no such folder", hint="Make it first.")
     model, pool_path = _resolve_testbed(loaded)
     _check_inputs(loaded, model, pool_path)
     with _ray(loaded, os.devnull):
-        predict(loaded, model, pool_path, Console())
+        made = predict(loaded, model, pool_path, Console())
+    if json_path is not None:
+        json_path.write_text(made.as_json(), encoding="utf-8")
 
 
 @app.command("config")
@@ -321,8 +338,11 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     events.emit("run_started", pid=os.getpid())
     campaign = Campaign(config, target, events, model, pool_path)
     try:
-        with _ray(config, f"{target.logs()}/driver.log"):
+        with _ray(config, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             (loop.probe if only_probe else loop.run)(campaign)
+    except HoursUsedUp as used_up:
+        events.say(used_up.message)
+        loop.publish(campaign, "complete", used_up.message)
     except AnnotationsPending as pending:
         events.emit("run_paused", reason=pending.message)
         loop.publish(campaign, "paused", pending.message)
@@ -339,10 +359,12 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
 
 
 def _note_failure(campaign: Campaign) -> None:
+    from engine.ledger import write_ledger
     from engine.report import write_report
 
     try:
         write_report(campaign.run, "failed")
+        write_ledger(campaign.run)
     except Exception as error:  # the first error is the one to show
         campaign.events.say(f"(the report could not be written: {error})")
 

@@ -37,6 +37,9 @@ class BudgetConfig(Section):
     """Most annotations over all rounds; null for rounds x selection.budget."""
     money: float | None = Field(None, ge=0)
     """Most that annotation may cost over all rounds, in the currency of the annotator's price table."""
+    hours: float | None = Field(None, gt=0)
+    """Most hours that the run may work, over all attempts. A round that would not end in time, by what the last one
+    took, is not begun; what takes longer than foreseen is stopped. `ka2l resume --set budget.hours=...` goes on."""
 
 
 class RayConfig(Section):

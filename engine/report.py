@@ -305,6 +305,6 @@ def _quantity(value: float, item: str) -> str:
     """One cell of a cost table; nothing spent is a dash."""
     if not value:
         return "–"
-    if item == "seconds":
+    if item.endswith("seconds"):
         return _seconds(value)
     return f"{value:,.2f}" if item == "money" else f"{value:,.0f}"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: What a stage can cost; the order is the order of the report's columns.
 COST_ITEMS = (
     "seconds",
+    "cpu_seconds",
+    "gpu_seconds",
     "tokens_prompt",
     "tokens_generated",
     "tokens_trained",
@@ -288,6 +290,8 @@ def summary(data: ReportData) -> dict[str, Any]:
                     "money": item.cost("money"),
                     "tokens_generated": int(item.cost("tokens_generated")),
                     "seconds": item.cost("seconds"),
+                    "cpu_seconds": item.cost("cpu_seconds"),
+                    "gpu_seconds": item.cost("gpu_seconds"),
                 },
             }
         )

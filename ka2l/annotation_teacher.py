@@ -11,7 +11,7 @@ from ka2l.equivalence import Equivalence, cluster_answers
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherResult, TeacherRun
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherResult, TeacherRun, Usage
 
 
 class Refusal(NamedTuple):
@@ -34,6 +34,7 @@ class TeacherAnnotator:
         refusals: question id -> why no annotation came of it, over all calls.
         stopped: ``money`` once the cap was reached: questions that are neither annotated nor refused were not asked to
             the end.
+        usage: tokens and money of the questions of the last call, those refused or not asked to the end included.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class TeacherAnnotator:
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}
         self.stopped: str | None = None
+        self.usage = Usage()
 
     @property
     def cost_refused(self) -> float:
@@ -65,7 +67,7 @@ class TeacherAnnotator:
             for question_id, question in questions.items()
         }
         run = self.ask(prompts)
-        self.stopped = run.stopped
+        self.stopped, self.usage = run.stopped, run.usage
         annotations = []
         for question_id, result in run.results.items():
             answers = self._agreed(questions[question_id], result)

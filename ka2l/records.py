@@ -153,9 +153,10 @@ LEDGER = pa.schema(
     [
         _field("round", pa.int32(), "-1 for the pool"),
         _field("stage", pa.string(), "stage that spent it"),
-        _field("item", pa.string(), "seconds | tokens_prompt | tokens_generated | forward_passes | annotation | ..."),
+        _field("item", pa.string(), "see engine.ledger; rows of one item add up"),
         _field("quantity", pa.float64(), "how much, in the item's unit"),
-        _field("question_id", pa.string(), "for annotations: the question whose answer was revealed", True),
+        _field("question_id", pa.string(), "for reveals and their money: the question that was answered", True),
+        _field("annotator", pa.string(), "for annotating: who answered, as in ANNOTATIONS", True),
     ]
 )
 

@@ -30,6 +30,7 @@ from ka2l.teacher_request import (
     prompt_tokens_bound,
     request_body,
     sample_states,
+    usage,
 )
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Teacher:
         asking = _Asking(self, todo)
         if todo:
             await asking.work()
-        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests)
+        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests, usage(states))
 
 
 class _Asking:

@@ -33,6 +33,7 @@ from ka2l.teacher_request import (
     request_key,
     sample_states,
     unanswered_record,
+    usage,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +140,8 @@ def collect_batch(
             _collect(config, client, journal, prompts, job, batch)
         num_requests += job.num_requests
     states = sample_states(config, prompts, journal)
-    return TeacherRun(finished_results(states), "money" if open_states(states) else None, num_requests)
+    stopped = "money" if open_states(states) else None
+    return TeacherRun(finished_results(states), stopped, num_requests, usage(states))
 
 
 def _next_job(

@@ -120,6 +120,26 @@ def test_only_what_was_selected_is_annotated_and_nothing_twice(run: RunDirectory
     assert revealed["round"].to_pylist() == [0] * 12 + [1] * 12
 
 
+def test_the_ledger_adds_up_to_what_the_stages_took(run: RunDirectory) -> None:
+    ledger = pq.read_table(f"{run.path}/ledger.parquet")
+    assert ledger.schema.equals(records.LEDGER)
+
+    def booked(item: str) -> float:
+        return float(pc.sum(ledger.filter(pc.equal(ledger["item"], item))["quantity"]).as_py())
+
+    summary = json.loads(run.read_text("summary.json") or "")
+    assert booked("seconds") == pytest.approx(summary["total_seconds"])
+    assert booked("annotations") == 24
+    manifests = [stage.require() for stage in committed_stages(run)]
+    for item in ("cpu_seconds", "gpu_seconds", "tokens_prompt", "tokens_generated", "forward_passes"):
+        assert booked(item) == pytest.approx(sum(manifest.cost.get(item, 0.0) for manifest in manifests)), item
+    for manifest in manifests:  # every worker of this campaign holds one CPU, as the driver does
+        assert manifest.cost["cpu_seconds"] == pytest.approx(manifest.seconds), manifest.stage
+        assert manifest.cost["gpu_seconds"] == 0
+    asked = [manifest.cost["forward_passes"] for manifest in manifests if manifest.stage == "observe"]
+    assert asked == [108, 48, 48]
+
+
 def test_only_eval_answers_are_graded(run: RunDirectory) -> None:
     for index in range(3):
         for row in run.stage("cluster", index).table().to_pylist():

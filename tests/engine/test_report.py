@@ -266,6 +266,8 @@ def test_summary_is_json_and_its_rounds_are_the_learning_curve() -> None:
         "money": 3.0,
         "tokens_generated": 61_000,
         "seconds": pytest.approx(111.6),
+        "cpu_seconds": 0.0,
+        "gpu_seconds": 0.0,
     }
     assert last["forgetting"] == pytest.approx(18 / 201)
     assert last["probe"]["auroc"] is None
