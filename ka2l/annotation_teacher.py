@@ -11,7 +11,8 @@ from ka2l.equivalence import Equivalence, cluster_answers
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherResult, TeacherRun
+from ka2l.teacher_reply import TeacherResult, TeacherRun
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt
 
 
 class Refusal(NamedTuple):
