@@ -28,10 +28,14 @@ class TeacherAnnotator:
 
     Args:
         config: the teacher's; ``num_samples`` and ``min_agreement`` decide when an answer is trusted.
-        ask: :meth:`ka2l.teacher.Teacher.ask`, or :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
+        ask: :meth:`ka2l.teacher.Teacher.ask`, :meth:`ka2l.teacher_local.LocalTeacher.ask`, or
+            :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
         equivalence: says which samples mean the same.
+        close: gives back what ``ask`` holds.
+        local: the teacher's work is the run's own; an endpoint's is in its bill.
 
     Attributes:
+        stats: tokens of the last call, where the machine that made them is the run's own.
         refusals: question id -> why no annotation came of it, over all calls.
         stopped: ``money`` once the cap was reached: questions that are neither annotated nor refused were not asked to
             the end.
@@ -42,13 +46,19 @@ class TeacherAnnotator:
         config: TeacherConfig,
         ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
         equivalence: Equivalence,
+        close: Callable[[], None] = lambda: None,
+        *,
+        local: bool = False,
     ) -> None:
         self.config = config
+        self.close = close
+        self.local = local
         self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}
         self.stopped: str | None = None
+        self.stats: dict[str, float] = {}
 
     @property
     def cost_refused(self) -> float:
@@ -67,6 +77,11 @@ class TeacherAnnotator:
         }
         run = self.ask(prompts)
         self.stopped = run.stopped
+        if self.local:
+            self.stats = {
+                "tokens_prompt": float(sum(result.num_prompt_tokens for result in run.results.values())),
+                "tokens_generated": float(sum(result.num_completion_tokens for result in run.results.values())),
+            }
         annotations = []
         for question_id, result in run.results.items():
             answers = self._agreed(questions[question_id], result)
