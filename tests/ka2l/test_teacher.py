@@ -688,14 +688,16 @@ class Killer:
         self.lock = threading.Lock()
         self.num_journals = 0
 
-    def prepare(self, server: Any, concurrency: int = 4) -> None:
+    def prepare(
+        self, server: Any, concurrency: int = 4, batch: bool = False, questions: Mapping[str, str] | None = None
+    ) -> None:
         """A new campaign: an empty journal."""
         self.num_journals += 1
         self.journal = self.folder / f"journal-{self.num_journals}.jsonl"
         self.out = self.folder / "out.json"
         self.out.unlink(missing_ok=True)
         config = configured(server, concurrency=concurrency, num_samples=NUM_SAMPLES, temperature=1.0)
-        job = {"config": config.model_dump(mode="json"), "questions": QUESTIONS}
+        job = {"config": config.model_dump(mode="json"), "questions": questions or QUESTIONS, "batch": batch}
         self.job.write_text(json.dumps(job | {"journal": str(self.journal), "out": str(self.out)}))
 
     def on_phase(self, number: int, phase: str) -> None:
@@ -718,10 +720,10 @@ class Killer:
         return int(self.driver.stdout.readline())
 
     def answered(self) -> set[str]:
-        """Keys that the journal holds."""
+        """Keys of the answers that the journal holds."""
         journal = FileJournal(self.journal)
         journal.close()
-        return {key for key, _ in journal.items()}
+        return {key for key, record in journal.items() if "content" in record}
 
 
 @pytest.fixture
@@ -739,7 +741,7 @@ def check_books(server: Any, killer: Killer, reference: Any) -> None:
     """Every answer is there, and none was billed twice."""
     assert set(server.billed) == killer.answered()
     assert set(server.billed.values()) == {1}
-    assert len(server.billed) == NUM_REQUESTS
+    assert len(server.billed) == NUM_SAMPLES * len(reference)
     out = json.loads(killer.out.read_text())
     assert [(row["question_id"], row["answers"], row["cost"]) for row in out["rows"]] == reference
     assert not out["refusals"]
@@ -805,3 +807,35 @@ def test_an_answer_cut_while_being_written_to_the_journal_is_handed_out_again(
         assert killer.run(f"torn {number}") == 9
     assert killer.run() == 0
     check_books(server, killer, REFERENCE)
+
+
+def test_a_batch_killed_at_every_write_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
+    """Every process dies half way through its second record, so each record but the first is torn once."""
+    server = teacher_server()
+    server.batch_faults = {"What is 1?": "expired"}
+    killer.prepare(server, batch=True)
+    num_killed = 0
+    while (status := killer.run("torn 2")) == 9:
+        num_killed += 1
+        assert num_killed < 10 * NUM_REQUESTS
+    assert status == 0
+    assert num_killed >= 50
+    assert len(server.batches) == 2
+    check_books(server, killer, REFERENCE)
+
+
+def test_a_batch_killed_at_any_call_to_the_endpoint_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
+    """Handing in, finding again, looking and downloading, twice over: one row expires and goes into a second batch."""
+    questions = {name: QUESTIONS[name] for name in ("q0", "q1")}
+    num_killed = num_calls = 0
+    while num_killed == 2 * num_calls:
+        num_calls += 1
+        for phase in ("call_received", "call_answered"):
+            server = teacher_server(on_phase=killer.on_phase)
+            server.batch_faults = {"What is 1?": "expired"}
+            killer.prepare(server, batch=True, questions=questions)
+            num_killed += killer.run(kill_at=(num_calls, phase)) == 9
+            assert killer.run() == 0
+            assert len(server.batches) == 2
+            check_books(server, killer, REFERENCE[:2])
+    assert num_killed >= 2 * 11 - 1
