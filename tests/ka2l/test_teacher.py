@@ -809,6 +809,7 @@ def test_an_answer_cut_while_being_written_to_the_journal_is_handed_out_again(
     check_books(server, killer, REFERENCE)
 
 
+@pytest.mark.slow
 def test_a_batch_killed_at_every_write_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
     """Every process dies half way through its second record, so each record but the first is torn once."""
     server = teacher_server()
@@ -824,6 +825,7 @@ def test_a_batch_killed_at_every_write_is_paid_once(teacher_server: Servers, kil
     check_books(server, killer, REFERENCE)
 
 
+@pytest.mark.slow
 def test_a_batch_killed_at_any_call_to_the_endpoint_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
     """Handing in, finding again, looking and downloading, twice over: one row expires and goes into a second batch."""
     questions = {name: QUESTIONS[name] for name in ("q0", "q1")}
