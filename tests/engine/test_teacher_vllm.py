@@ -43,13 +43,13 @@ def question(kind: str, number: int) -> str:
 
 
 @pytest.fixture(scope="module")
-def teacher_model(tiny_models: Callable[..., Path]) -> Path:
+def teacher_model(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of two layers that answers as KNOWN says."""
     import torch
 
-    folder = tiny_models("llama-2", num_hidden_layers=2)
-    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
-    model: Any = load_causal_lm(str(folder), "float32").train()
+    untaught, folder = tiny_models("llama-2", num_hidden_layers=2), tmp_path_factory.mktemp("teacher")
+    tokenizer = load_tokenizer(ModelConfig(path=str(untaught)))
+    model: Any = load_causal_lm(str(untaught), "float32").train()
     draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=NUM_STEPS)
@@ -70,6 +70,7 @@ def teacher_model(tiny_models: Callable[..., Path]) -> Path:
         schedule.step()
         optimizer.zero_grad()
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -210,7 +211,6 @@ def test_a_campaign_is_annotated_by_a_local_teacher_and_nothing_is_generated_twi
     engine = {"kind": "vllm", "cpus_per_replica": 1.8, "max_num_seqs": 32}
     values = {"rounds": 1, "annotator.kind": "local_teacher", "annotator.teacher": teacher, "annotator.engine": engine}
     options = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    # Tuning has begun: the engine's cores were given back.
     kill = {"event": "stage_committed", "stage": "annotate"}
     ended = ka2l("resume", selected, *options, *on_cluster, kill=kill)
     stage = RunDirectory(selected).stage("annotate", 0)
@@ -230,8 +230,12 @@ def test_a_campaign_is_annotated_by_a_local_teacher_and_nothing_is_generated_twi
     for item, name in (("tokens_prompt", "num_prompt_tokens"), ("tokens_generated", "num_completion_tokens")):
         assert manifest.cost[item] == sum(record[name] for record in journal) > 0
 
-    # Made again from the journal: no engine is started, so a path that is gone does no harm to what was answered.
+    # Made again from the journal: no engine is started.
+    log = selected / "logs" / "round-000-annotate.log"
+    chatter = log.read_bytes()
+    assert chatter
     ka2l("resume", selected, "--redo-from", "annotate", *on_cluster, kill=kill)
     again = RunDirectory(selected).stage("annotate", 0)
     assert again.table().to_pylist() == rows
     assert len((selected / "teacher.jsonl").read_text().splitlines()) == len(journal)
+    assert log.read_bytes() == chatter
