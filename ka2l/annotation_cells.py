@@ -57,7 +57,7 @@ def completed_by(who: Any) -> str:
 
 
 def flag_of(value: Any) -> bool:
-    """``yes``, ``true``, ``x``, ``1`` and their opposites, as people write them into a spreadsheet. Raises ValueError."""
+    """``yes``, ``true``, ``x``, ``1`` and their opposites, as people write them; raises ValueError."""
     text = str("" if value is None else value).strip().lower()
     if text in ("yes", "y", "true", "x", "1", "skip", "skipped"):
         return True
