@@ -378,6 +378,8 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)
+    if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
+        check_model_directory(config.annotator.teacher.model)
     if is_directory(model.path):
         from ka2l.adapter import check_adapter
 

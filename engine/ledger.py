@@ -101,7 +101,7 @@ def _annotation_rows(
     """Every answer with its annotator and its money; by annotator how many; what is left of the stage's cost is the
     teacher's, if there is one."""
     teacher = config.get("teacher")
-    asked = teacher["model"] if config.get("kind") == "teacher" and teacher else None
+    asked = teacher["model"] if config.get("kind") in ("teacher", "local_teacher") and teacher else None
     annotated: Counter[str] = Counter()
     for name in shards:
         for row in read_shard(stage.url, name, ["question_id", "annotator", "cost"]).to_pylist():
@@ -116,6 +116,8 @@ def _annotation_rows(
         yield {"item": "annotations", "quantity": float(count), "annotator": annotator}
     if abs(cost.get("money", 0.0)) < 1e-9:
         cost["money"] = 0.0  # nothing left but rounding
+    if asked and len(annotated) == 1:
+        (asked,) = annotated  # a local teacher signs with its identity, too
     for item, quantity in cost.items():
         of_teacher = item in ("money", "tokens_prompt", "tokens_generated")
         if quantity or not of_teacher:

@@ -11,7 +11,8 @@ from ka2l.equivalence import Equivalence, cluster_answers
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherResult, TeacherRun, Usage
+from ka2l.teacher_reply import TeacherResult, TeacherRun, Usage
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt
 
 
 class Refusal(NamedTuple):
@@ -27,8 +28,10 @@ class TeacherAnnotator:
 
     Args:
         config: the teacher's; ``num_samples`` and ``min_agreement`` decide when an answer is trusted.
-        ask: :meth:`ka2l.teacher.Teacher.ask`, or :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
+        ask: :meth:`ka2l.teacher.Teacher.ask`, :meth:`ka2l.teacher_local.LocalTeacher.ask`, or
+            :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
         equivalence: says which samples mean the same.
+        close: gives back what ``ask`` holds.
 
     Attributes:
         refusals: question id -> why no annotation came of it, over all calls.
@@ -42,8 +45,10 @@ class TeacherAnnotator:
         config: TeacherConfig,
         ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
         equivalence: Equivalence,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
+        self.close = close
         self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,12 +18,13 @@ from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
+from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
 from ka2l.selection import select as select_candidates
-from ka2l.teacher_request import Usage
+from ka2l.teacher_reply import Usage
 
 
 def select(campaign: Campaign, round_index: int) -> None:
@@ -99,12 +102,15 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         context = annotation_context(campaign, round_index, text_of)
         annotator = build.annotator(campaign.config.annotator, context)
         ids = asked_ids(campaign, round_index)
-        size = min(annotator.batch_size, max(1, len(ids)))
+        size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
         refused: Counter[str] = Counter()
         stopped, num_not_asked = None, 0
-        with campaign.events.progress(stage.label, len(ids), "questions") as progress:
+        # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
+        close = getattr(annotator, "close", lambda: None)
+        with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
+            ended.callback(close)
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
@@ -146,11 +152,27 @@ def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotate
     return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
 
 
+def _batch_size(stage: Stage, wanted: int) -> int:
+    """Questions a shard, as the stage was begun with: what a shard holds must not change on resume."""
+    begun = stage.run.read_bytes(f"{stage.path}/batches.json")
+    if begun is None:
+        stage.write_file("batches.json", json.dumps({"size": wanted}).encode())
+        return wanted
+    return int(json.loads(begun)["size"])
+
+
 def annotator_fields(campaign: Campaign) -> dict[str, Any]:
-    """What changes an annotator's answers: its config, and what its reference table holds, never where that lies."""
+    """What changes an annotator's answers: its config, and what its reference table or its model holds, never where
+    that lies."""
+    config = campaign.config.annotator
+    fields = config.result_fields()
     path = campaign.reference_table_path() if campaign.config.decoder.kind != "none" else None
-    table = content_identity(path) if path else None
-    return campaign.config.annotator.result_fields() | ({"reference_table": table} if table else {})
+    if path:
+        fields["reference_table"] = content_identity(path)
+    if config.kind == "local_teacher":
+        assert config.teacher is not None
+        fields["teacher"]["model"] = model_name(config.teacher.model)
+    return fields
 
 
 def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> build.AnnotationContext:
@@ -177,6 +199,9 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
         make_tasks,
         config.equivalence,
         config.budget.money,
+        config.seed,
+        campaign.log_path(campaign.stage("annotate", round_index)),
+        config.ray.release_timeout_s,
     )
 
 
