@@ -78,7 +78,7 @@ def digest(folder: Path, learnt_wrongly: set[str]) -> dict[str, Any]:
 
 def wrongly_learnt(folder: Path) -> set[str]:
     """Candidate questions about facts that the testbed's model was taught wrongly."""
-    testbed = cached_testbed(load_config(str(folder / "config.yaml")).testbed, cache_dir())
+    testbed = cached_testbed(load_config(str(folder / "config.yaml")).testbed, cache_dir() / "testbeds")
     truth = [json.loads(line) for line in testbed.truth.read_text(encoding="utf-8").splitlines()]
     facts = {row["fact"] for row in truth if "wrong_answer" in row}
     pool = [json.loads(line) for line in testbed.pool.read_text(encoding="utf-8").splitlines()]

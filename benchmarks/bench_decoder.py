@@ -93,7 +93,7 @@ def both_wordings(candidates: Candidates, budget: int, seed: int, config: Select
 
 def pool_with_paraphrases(settings: list[str], file: Path) -> None:
     """The testbed's pool with a second row for every candidate: the same fact in a wording that nothing else uses."""
-    testbed = cached_testbed(load_config("quickstart", settings).testbed, cache_dir())
+    testbed = cached_testbed(load_config("quickstart", settings).testbed, cache_dir() / "testbeds")
     wordings: dict[str, list[str]] = {}
     for row in pq.read_table(testbed.directory / "answers.parquet").to_pylist():
         wordings.setdefault(row["fact"], []).append(row["question"])
