@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from arms import run_arm
 from machine import write_result
 
+from engine.artifacts import RunDirectory
 from engine.cli import cache_dir
 from engine.config import load_config
 from ka2l.metrics import mean_with_ci
@@ -47,10 +47,8 @@ ARMS: dict[str, list[str]] = {
 
 def grades(folder: Path, round_index: int) -> dict[str, bool]:
     """Whether each eval question was answered right."""
-    table = pq.read_table(
-        f"{folder}/round-{round_index:03d}/cluster", columns=["question_id", "purpose", "correct"]
-    ).to_pylist()
-    return {row["question_id"]: row["correct"] for row in table if row["purpose"] == "eval"}
+    table = RunDirectory(folder).stage("cluster", round_index).table(["question_id", "purpose", "correct"])
+    return {row["question_id"]: row["correct"] for row in table.to_pylist() if row["purpose"] == "eval"}
 
 
 def digest(folder: Path, learnt_wrongly: set[str]) -> dict[str, Any]:
@@ -62,7 +60,7 @@ def digest(folder: Path, learnt_wrongly: set[str]) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     found, num_found = [], 0
     for index in range(len(summary["rounds"]) - 1):
-        asked = pq.read_table(f"{folder}/round-{index:03d}/annotate", columns=["question_id"])["question_id"]
+        asked = RunDirectory(folder).stage("annotate", index).table(["question_id"])["question_id"]
         num_found += len(learnt_wrongly & set(asked.to_pylist()))
         found.append(num_found)
     return {
