@@ -68,7 +68,7 @@ def digest(folder: Path, learnt_wrongly: set[str]) -> dict[str, Any]:
         "accuracy": [row["accuracy"] for row in summary["rounds"]],
         "num_learnt_wrongly": len(learnt_wrongly),
         "found": found,
-        "quadrants": [row["quadrants"] for row in summary["rounds"]],
+        "revealed": [(row["quadrants"] or {}).get("revealed") for row in summary["rounds"]],
         "probe_auroc": [(row["probe"] or {}).get("auroc") for row in summary["rounds"][:-1]],
         "seconds": summary["total_seconds"],
     }

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 QUADRANTS = ("known", "unknown", "confidently_wrong", "lucky")
 
 #: Inverse strength of the L2 penalty, on standardised states divided by the square root of their width.
-_INVERSE_PENALTY = 0.3
+_INVERSE_PENALTY = 1.0
 _NUM_FOLDS = 5
 
 
@@ -27,8 +27,9 @@ class CorrectnessHead:
     """P(the base model's answer is wrong) = P(uncertain) P(wrong | uncertain) + P(certain) P(wrong | certain, state).
 
     Attributes:
-        wrong_if_uncertain: share of wrong answers among annotated questions that were answered uncertainly.
-        wrong_if_certain: the same for confident answers: what the classifier's place takes where there is none.
+        wrong_if_uncertain: share of wrong answers among annotated questions that were answered uncertainly; 1 before
+            there are any.
+        wrong_if_certain: the same for confident answers, 0 before there are any: stands in for the classifier.
         mean: of the states it was fitted on, shape (D,).
         scale: their standard deviation times the square root of D, shape (D,).
         classifier: P(wrong | certain, state), calibrated; None where too few confident answers have been annotated.
@@ -59,8 +60,10 @@ class CorrectnessHead:
 def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray, seed: int) -> CorrectnessHead:
     """Fit a head on the annotated questions.
 
-    Each counts with the probability that it was answered with certainty. The classifier is a logistic regression with
-    Platt's calibration on out-of-fold scores; a class with fewer than five questions is too few for one.
+    For the classifier count only those that were answered with certainty, each by how far P(unknown) is below one
+    half: however little the many uncertain ones counted, together they would drown the few confident mistakes. It is a
+    logistic regression with Platt's calibration on out-of-fold scores; fewer than five confident answers that are
+    right, or five that are wrong, are too few for one.
 
     Args:
         states: of the base model, shape (n, D).
@@ -80,22 +83,29 @@ def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray,
     wrong = np.asarray(wrong, dtype=bool)
     if not len(states) == len(evidence) == len(wrong) or not len(wrong):
         raise ValueError(f"states {states.shape}, evidence {evidence.shape} and wrong {wrong.shape} disagree")
-    uncertain = expit(evidence)
-    certain = 1 - uncertain
+    p_unknown = expit(evidence)
+    certain, uncertain = np.clip(1 - 2 * p_unknown, 0, None), np.clip(2 * p_unknown - 1, 0, None)
     states = states.astype(np.float64)
     deviation = states.std(axis=0)
     # Below this it is rounding noise.
     deviation = np.where(deviation <= 1e-5 * np.abs(states.mean(axis=0)) + 1e-8, 1.0, deviation)
     mean, scale = states.mean(axis=0), deviation * np.sqrt(states.shape[1])
+    sure = certain > 0
     classifier = None
-    if min(wrong.sum(), (~wrong).sum()) >= _NUM_FOLDS:
+    if min((wrong & sure).sum(), (~wrong & sure).sum()) >= _NUM_FOLDS:
         classifier = CalibratedClassifierCV(
             LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000),
             cv=StratifiedKFold(_NUM_FOLDS, shuffle=True, random_state=seed),
             ensemble=False,
         )
-        classifier.fit((states - mean) / scale, wrong, sample_weight=certain)
-    return CorrectnessHead(_share(wrong, uncertain), _share(wrong, certain), mean, scale, classifier)
+        classifier.fit(((states - mean) / scale)[sure], wrong[sure], sample_weight=certain[sure])
+    return CorrectnessHead(
+        wrong_if_uncertain=float((uncertain @ wrong + 1) / (uncertain.sum() + 1)),
+        wrong_if_certain=float((certain @ wrong) / (certain.sum() + 1)),
+        mean=mean,
+        scale=scale,
+        classifier=classifier,
+    )
 
 
 def quadrants(evidence: np.ndarray, p_wrong: np.ndarray) -> list[str]:
@@ -103,8 +113,3 @@ def quadrants(evidence: np.ndarray, p_wrong: np.ndarray) -> list[str]:
     ``p_wrong`` is at least one half."""
     names = {(False, False): "known", (True, True): "unknown", (False, True): "confidently_wrong"}
     return [names.get((e >= 0, p >= 0.5), "lucky") for e, p in zip(evidence.tolist(), p_wrong.tolist(), strict=True)]
-
-
-def _share(wrong: np.ndarray, weights: np.ndarray) -> float:
-    """Weighted share, smoothed by one of each."""
-    return float((weights @ wrong + 1) / (weights.sum() + 2))

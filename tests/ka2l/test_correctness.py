@@ -64,6 +64,14 @@ def test_uncertain_questions_do_not_teach_it_about_certain_ones() -> None:
     assert shifted < plain + 0.2
 
 
+def test_a_confident_answer_is_held_right_until_annotation_has_shown_others() -> None:
+    rng = np.random.default_rng(0)
+    uncertain_alone = fit_correctness(rng.normal(size=(300, 4)), np.full(300, 3.5), rng.random(300) < 0.97, seed=0)
+    assert uncertain_alone.classifier is None
+    sure, unsure = uncertain_alone.predict(rng.normal(size=(2, 4)), np.array([-3.0, 3.0]))
+    assert sure < 0.1 < 0.9 < unsure
+
+
 @pytest.mark.parametrize("wrong", [np.zeros(8, bool), np.ones(8, bool), np.arange(8) < 2])
 def test_too_few_mistakes_or_right_answers_give_the_base_rate(wrong: np.ndarray) -> None:
     rng = np.random.default_rng(0)
