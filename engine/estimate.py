@@ -321,10 +321,10 @@ def teaching_of(config: TeacherConfig, questions: list[str], references: list[li
 #: Columns of the table; those with nothing in them are left out.
 _COLUMNS = {
     "prompts": "forward_passes",
-    "annotations": "annotations",
-    "tokens in": "tokens_prompt",
-    "tokens out": "tokens_generated",
-    "seconds": "seconds",
+    "annot.": "annotations",
+    "tok. in": "tokens_prompt",
+    "tok. out": "tokens_generated",
+    "sec.": "seconds",
     "CPU s": "cpu_seconds",
     "GPU s": "gpu_seconds",
     "money": "money",
@@ -334,7 +334,7 @@ _COLUMNS = {
 def _print(made: Estimate, console: Console) -> None:
     """What a stage takes, the sums of rounds and run, and the run's interval."""
     columns = {heading: item for heading, item in _COLUMNS.items() if _end(made.total, item, "high")}
-    table = Table("round", "stage", *columns, title="estimate", box=SIMPLE, pad_edge=False, padding=(0, 0, 0, 1))
+    table = Table("round", "stage", *columns, title="estimate", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for column in table.columns:
         column.justify, column.no_wrap = ("left" if column.header in ("round", "stage") else "right"), True
 
