@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -240,7 +241,7 @@ def _predict_probing(config: RunConfig, counts: Mapping[str, int], rates: Rates,
     """From states to what is selected."""
     num_all = sum(counts[split] for split in SPLITS)
     made = [_predict_extract(config, rates, index, "extract", {split: counts[split] for split in SPLITS})]
-    for name, pace in rates.driver.items():
+    for name, pace in rates.driver[min(index, 1)].items():
         num = counts["seed"] if name in ("label", "probe") else num_all
         made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num))))
     if index:
@@ -317,49 +318,50 @@ def teaching_of(config: TeacherConfig, questions: list[str], references: list[li
 
 # -- for people ------------------------------------------------------------------------------------------------------
 
-_HEADINGS = (
-    "round",
-    "stage",
-    "rows",
-    "passes",
-    "annot.",
-    "prompt tok.",
-    "new tok.",
-    "seconds",
-    "CPU s",
-    "GPU s",
-    "money",
-)
+#: Columns of the table; those with nothing in them are left out.
+_COLUMNS = {
+    "prompts": "forward_passes",
+    "annot.": "annotations",
+    "tok. in": "tokens_prompt",
+    "tok. out": "tokens_generated",
+    "sec.": "seconds",
+    "CPU s": "cpu_seconds",
+    "GPU s": "gpu_seconds",
+    "money": "money",
+}
 
 
 def _print(made: Estimate, console: Console) -> None:
-    table = Table(*_HEADINGS, title="estimate (rows: questions; optimiser steps for decoder and tune)")
+    """What a stage takes, the sums of rounds and run, and the run's interval."""
+    columns = {heading: item for heading, item in _COLUMNS.items() if _end(made.total, item, "high")}
+    table = Table("round", "stage", *columns, title="estimate", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.justify, column.no_wrap = ("left" if column.header in ("round", "stage") else "right"), True
+
+    def add(first: str, second: str, row: Prediction, end: str = "value") -> None:
+        table.add_row(first, second, *(_number(_end(row, item, end), item) for item in columns.values()))
+
     for together in made.rounds:
+        number = "" if together.round_index == -1 else str(together.round_index)
         for row in made.stages:
             if row.round_index == together.round_index:
-                table.add_row(_round(row), row.stage, *_cells(row))
-        table.add_row(_round(together), "all", *_cells(together), end_section=True)
-    table.add_row("", "run", *_cells(made.total))
-    for name in ("low", "high"):
-        ends = [getattr(getattr(made.total, item), name) for item in
-                ("tokens_prompt", "tokens_generated", "seconds", "cpu_seconds", "gpu_seconds", "money")]  # fmt: skip
-        table.add_row("", name, "", "", "", *(_number(end, money=place == 5) for place, end in enumerate(ends)))
+                add(number, row.stage, row)
+        if number:
+            add(number, "all", together)
+        table.add_section()
+    for name, end in (("run", "value"), ("at least", "low"), ("at most", "high")):
+        add("", name, made.total, end)
     console.print(table)
     for note in made.notes:
         console.print(note, highlight=False)
 
 
-def _round(row: Prediction) -> str:
-    return "" if row.round_index == -1 else str(row.round_index)
+def _end(row: Prediction, item: str, end: str) -> float:
+    quantity = getattr(row, item)
+    return float(getattr(quantity, end) if isinstance(quantity, Range) else quantity)
 
 
-def _cells(row: Prediction) -> list[str]:
-    counts = [_number(value) for value in (row.rows, row.forward_passes, row.annotations)]
-    quantities = (row.tokens_prompt, row.tokens_generated, row.seconds, row.cpu_seconds, row.gpu_seconds)
-    return [*counts, *(_number(quantity.value) for quantity in quantities), _number(row.money.value, money=True)]
-
-
-def _number(value: float, money: bool = False) -> str:
+def _number(value: float, item: str) -> str:
     if not value:
         return ""
-    return f"{value:,.2f}" if money else f"{value:,.0f}"
+    return f"{value:,.2f}" if item == "money" else f"{value:,.0f}"

@@ -129,8 +129,9 @@ class Rates(NamedTuple):
     extract_adapted: Pace
     cluster: Pace
     feedback: Pace
-    driver: dict[str, Pace]
-    """Of label, probe, knowledge and select. A unit is a seed question for the first two."""
+    driver: tuple[dict[str, Pace], dict[str, Pace]]
+    """Of what the driver does itself, in the first round, where it pays for a start, and in later ones. A unit is a
+    seed question for label and probe."""
     tune: Pace
     """A unit is an optimiser step."""
     decoding: Decoding | None = None
@@ -153,14 +154,13 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     decoding = _measure_decoding(warm) if warm.config.decoder.kind != "none" else None
     stages.annotate(warm, 0)
     stages.tune(warm, 0)
-    for stage in (stages.observe, stages.cluster, stages.extract, stages.feedback):
+    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback):
         stage(warm, 1)
+    stages.knowledge(warm, 1)
 
     def pace(name: str, round_index: int) -> Pace:
         return _pace(warm.stage(name, round_index).require())
 
-    num_seed = sum(row["split"] == "seed" for row in rows)
-    units = {"label": num_seed, "probe": num_seed, "knowledge": len(rows), "select": len(rows)}
     return Rates(
         prompt_tokens=_prompt_tokens(campaign),
         shared_tokens=_shared_tokens(warm),
@@ -172,10 +172,7 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
         extract_adapted=pace("extract", 1),
         cluster=pace("cluster", 1),
         feedback=pace("feedback", 1),
-        driver={
-            name: Pace(exactly(0.0), measured_once(warm.stage(name, 0).require().seconds / count))
-            for name, count in units.items()
-        },
+        driver=_driver_paces(warm, sum(row["split"] == "seed" for row in rows), len(rows)),
         tune=_tuning_pace(warm),
         decoding=decoding,
     )
@@ -241,6 +238,17 @@ def _pace(manifest: Manifest) -> Pace:
     rate = sum(entry.stats["seconds"] for entry in repeated) / sum(entry.num_rows or 0 for entry in repeated)
     working = rate * sum(entry.num_rows or 0 for entry in shards)
     return Pace(measured_once(max(0.0, manifest.seconds - working)), Range(rate, min(rates), max(rates)))
+
+
+def _driver_paces(campaign: Campaign, num_seed: int, num_all: int) -> tuple[dict[str, Pace], dict[str, Pace]]:
+    first, later = {}, {}
+    for name, count in {"label": num_seed, "probe": num_seed, "knowledge": num_all, "select": num_all}.items():
+        seconds = campaign.stage(name, 0).require().seconds
+        repeated = campaign.stage(name, 1).manifest()
+        again = repeated.seconds if repeated else seconds
+        later[name] = Pace(exactly(0.0), measured_once(again / count))
+        first[name] = Pace(measured_once(max(0.0, seconds - again)), later[name].s_per_unit)
+    return first, later
 
 
 def _tuning_pace(campaign: Campaign) -> Pace:

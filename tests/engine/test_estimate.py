@@ -23,7 +23,10 @@ RATES = Rates(
     extract_adapted=Pace(exactly(8.0), exactly(0.02)),
     cluster=Pace(exactly(2.0), exactly(0.0)),
     feedback=Pace(exactly(2.0), exactly(0.001)),
-    driver={name: Pace(exactly(0.0), exactly(0.001)) for name in ("label", "probe", "knowledge", "select")},
+    driver=(
+        {name: Pace(exactly(5.0), exactly(0.001)) for name in ("label", "probe", "knowledge", "select")},
+        {name: Pace(exactly(0.0), exactly(0.001)) for name in ("label", "probe", "knowledge", "select")},
+    ),
     tune=Pace(exactly(15.0), Range(0.2, 0.1, 0.3)),
 )
 COUNTS = {"seed": 400, "candidate": 1500, "eval": 1500}
@@ -84,6 +87,11 @@ def test_replicas_share_the_work_and_hold_their_cpus_and_gpus() -> None:
 def test_seconds_are_start_up_plus_work_and_their_interval_is_that_of_the_rates() -> None:
     tuned = of("tune", rows("tuning.max_steps=100"))[0]
     assert tuned.seconds == Range(15.0 + 100 * 0.2, 15.0 + 100 * 0.1, 15.0 + 100 * 0.3)
+
+
+def test_what_the_driver_does_pays_for_its_start_once() -> None:
+    assert [row.seconds.value for row in of("probe", rows())] == [5.0 + 0.4, 0.4, 0.4]
+    assert [row.seconds.value for row in of("select", rows())] == [5.0 + 3.4, 3.4, 3.4]
 
 
 def test_own_answers_are_grouped_in_the_second_round_and_graded_in_later_ones() -> None:
