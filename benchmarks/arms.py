@@ -8,6 +8,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+#: The quickstart as it is without a decoder: questions of the pool alone, states as the probe likes them best.
+WITHOUT_DECODER = (
+    "testbed.outside_share=0",
+    "extraction.layers=all",
+    "extraction.position=last_token",
+    "selection.budget=250",
+    "decoder.kind=none",
+    "annotator.reference_table=null",
+)
 #: What asks the base model alone: the same in every arm that has the same model, pool and probe.
 SHARED_STAGES = ("observe", "cluster", "label", "extract", "probe", "knowledge")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import run_arm
+from arms import WITHOUT_DECODER, run_arm
 from machine import write_result
 
 from engine.artifacts import RunDirectory
@@ -31,6 +31,7 @@ from ka2l.metrics import mean_with_ci
 from ka2l.testbed import cached_testbed
 
 COMMON = [
+    *WITHOUT_DECODER,
     "testbed.stranger_share=0.2",
     "testbed.partly_share=0.2",
     "testbed.wrong_share=0.7",

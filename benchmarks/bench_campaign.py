@@ -1,6 +1,6 @@
 """Do rounds earn their keep, and does selection? Five arms on the testbed, for several seeds.
 
-    three_rounds  the quickstart: 3 rounds of 250, probe, rehearsal
+    three_rounds  the quickstart without its decoder: 3 rounds of 250, probe, rehearsal
     one_round     the same 750 annotations in one round
     one_entropy   the same, chosen by the semantic entropy of samples of every candidate: what the probe predicts
     random        750 random annotations, no rehearsal
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import run_arm
+from arms import WITHOUT_DECODER, run_arm
 from machine import write_result
 
 ARMS: dict[str, list[str]] = {
@@ -37,7 +37,7 @@ def finished(arm: str, seed: int, work: Path) -> dict[str, Any]:
     """The summary of one run; reuses what is committed in ``work``."""
     folder = work / f"seed-{seed}" / arm
     base = work / f"seed-{seed}" / "three_rounds" if arm in ("one_round", "everything") else None
-    run_arm(folder, [f"seed={seed}", f"testbed.seed={seed}", *ARMS[arm]], base)
+    run_arm(folder, [f"seed={seed}", f"testbed.seed={seed}", *WITHOUT_DECODER, *ARMS[arm]], base)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 

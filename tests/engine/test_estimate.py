@@ -30,11 +30,13 @@ RATES = Rates(
     tune=Pace(exactly(15.0), Range(0.2, 0.1, 0.3)),
 )
 COUNTS = {"seed": 400, "candidate": 1500, "eval": 1500}
+#: The quickstart with questions of its pool alone, three times 250 of them.
+PLAIN = ("decoder.kind=none", "selection.budget=250")
 TEACHING = Teaching(exactly(100.0), exactly(20.0), Range(0.01, 0.005, 0.02))
 
 
 def rows(*overrides: str, cap: int = 750, teaching: Teaching | None = None) -> list[Prediction]:
-    return predict(load_config("quickstart", overrides), COUNTS, RATES, cap, teaching)
+    return predict(load_config("quickstart", [*PLAIN, *overrides]), COUNTS, RATES, cap, teaching)
 
 
 def of(stage: str, made: list[Prediction]) -> list[Prediction]:
@@ -125,7 +127,7 @@ def test_a_teacher_costs_its_prices_for_the_characters_of_prompts_and_short_repl
 def test_a_cap_on_money_ends_the_annotations_where_it_is_used_up_and_says_so() -> None:
     def capped(**values: Any) -> tuple[list[Prediction], list[str]]:
         overrides = [f"budget.{key}={value}" for key, value in values.items()]
-        return _capped(load_config("quickstart", overrides), COUNTS, RATES, 750, TEACHING)
+        return _capped(load_config("quickstart", [*PLAIN, *overrides]), COUNTS, RATES, 750, TEACHING)
 
     made, notes = capped(money=3.0)
     assert sum(row.annotations for row in made) == 300
