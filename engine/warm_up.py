@@ -241,13 +241,14 @@ def _pace(manifest: Manifest) -> Pace:
 
 
 def _driver_paces(campaign: Campaign, num_seed: int, num_all: int) -> tuple[dict[str, Pace], dict[str, Pace]]:
+    """Mostly start; how far they grow with the questions, between not at all and in proportion, is left open."""
     first, later = {}, {}
     for name, count in {"label": num_seed, "probe": num_seed, "knowledge": num_all, "select": num_all}.items():
         seconds = campaign.stage(name, 0).require().seconds
         repeated = campaign.stage(name, 1).manifest()
         again = repeated.seconds if repeated else seconds
-        later[name] = Pace(exactly(0.0), measured_once(again / count))
-        first[name] = Pace(measured_once(max(0.0, seconds - again)), later[name].s_per_unit)
+        growth = Range(0.0, 0.0, min(seconds, again) / count)
+        first[name], later[name] = Pace(measured_once(seconds), growth), Pace(measured_once(again), growth)
     return first, later
 
 
