@@ -16,7 +16,7 @@ from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
-from ka2l.annotation import Annotator
+from ka2l.annotation import Annotator, AnnotatorConfig
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
@@ -110,6 +110,7 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
         close = getattr(annotator, "close", lambda: None)
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
+            ended.enter_context(campaign.meter.hold(*_held(campaign.config.annotator)))
             ended.callback(close)
             for index, batch in enumerate(batches):
                 name = shard_name(index)
@@ -140,6 +141,14 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         campaign, "annotate", round_index, config=annotator_fields(campaign),
         inputs=[questions, references, *chosen], work=work,
     )  # fmt: skip
+
+
+def _held(config: AnnotatorConfig) -> tuple[float, float]:
+    """CPUs and GPUs of the run that an annotator's workers hold."""
+    if config.kind != "local_teacher":
+        return 0.0, 0.0
+    engine = config.engine
+    return engine.replicas * engine.cpus_per_replica, engine.replicas * engine.gpus_per_replica
 
 
 def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
