@@ -214,7 +214,7 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
         plain=engine.kind != "vllm",
         run_seed=context.run_seed,
     )
-    made = TeacherAnnotator(named, teacher.ask, equivalence(context.equivalence), pool.close, local=True)
+    made = TeacherAnnotator(named, teacher.ask, equivalence(context.equivalence), pool.close)
     made.batch_size = REQUESTS_PER_CALL * engine.replicas
     return made
 

@@ -11,7 +11,7 @@ from ka2l.equivalence import Equivalence, cluster_answers
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_reply import TeacherResult, TeacherRun
+from ka2l.teacher_reply import TeacherResult, TeacherRun, Usage
 from ka2l.teacher_request import ShortAnswer, TeacherPrompt
 
 
@@ -32,13 +32,12 @@ class TeacherAnnotator:
             :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
         equivalence: says which samples mean the same.
         close: gives back what ``ask`` holds.
-        local: the teacher's work is the run's own; an endpoint's is in its bill.
 
     Attributes:
-        stats: tokens of the last call, where the machine that made them is the run's own.
         refusals: question id -> why no annotation came of it, over all calls.
         stopped: ``money`` once the cap was reached: questions that are neither annotated nor refused were not asked to
             the end.
+        usage: tokens and money of the questions of the last call, those refused or not asked to the end included.
     """
 
     def __init__(
@@ -47,18 +46,15 @@ class TeacherAnnotator:
         ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
         equivalence: Equivalence,
         close: Callable[[], None] = lambda: None,
-        *,
-        local: bool = False,
     ) -> None:
         self.config = config
         self.close = close
-        self.local = local
         self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}
         self.stopped: str | None = None
-        self.stats: dict[str, float] = {}
+        self.usage = Usage()
 
     @property
     def cost_refused(self) -> float:
@@ -76,12 +72,7 @@ class TeacherAnnotator:
             for question_id, question in questions.items()
         }
         run = self.ask(prompts)
-        self.stopped = run.stopped
-        if self.local:
-            self.stats = {
-                "tokens_prompt": float(sum(result.num_prompt_tokens for result in run.results.values())),
-                "tokens_generated": float(sum(result.num_completion_tokens for result in run.results.values())),
-            }
+        self.stopped, self.usage = run.stopped, run.usage
         annotations = []
         for question_id, result in run.results.items():
             answers = self._agreed(questions[question_id], result)

@@ -27,6 +27,7 @@ from ka2l.teacher_reply import (
     open_states,
     sample_states,
     unanswered_record,
+    usage,
 )
 from ka2l.teacher_request import (
     TeacherPrompt,
@@ -108,7 +109,7 @@ class Teacher:
         asking = _Asking(self, todo)
         if todo:
             await asking.work()
-        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests)
+        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests, usage(states))
 
 
 class _Asking:

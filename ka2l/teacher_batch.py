@@ -29,6 +29,7 @@ from ka2l.teacher_reply import (
     open_states,
     sample_states,
     unanswered_record,
+    usage,
 )
 from ka2l.teacher_request import TeacherPrompt, cost_bound, plain_key, request_body, request_key
 
@@ -136,7 +137,8 @@ def collect_batch(
             _collect(config, client, journal, prompts, job, batch)
         num_requests += job.num_requests
     states = sample_states(config, prompts, journal)
-    return TeacherRun(finished_results(states), "money" if open_states(states) else None, num_requests)
+    stopped = "money" if open_states(states) else None
+    return TeacherRun(finished_results(states), stopped, num_requests, usage(states))
 
 
 def _next_job(

@@ -23,6 +23,7 @@ from ka2l.teacher_reply import (
     open_states,
     sample_states,
     unanswered_record,
+    usage,
 )
 from ka2l.teacher_request import TeacherPrompt, cost_bound, request_body
 
@@ -87,7 +88,7 @@ class LocalTeacher:
             num_asked = self._ask_once(todo)
             num_requests += num_asked
             stopped = "money" if num_asked == 0 else None
-        return TeacherRun(finished_results(states), stopped, num_requests)
+        return TeacherRun(finished_results(states), stopped, num_requests, usage(states))
 
     def _ask_once(self, states: Sequence[SampleState]) -> int:
         """One try of each sample that fits under the cap; returns how many were asked."""

@@ -72,16 +72,6 @@ class TeacherResult(NamedTuple):
         return sum(sample.cost for sample in self.samples)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Prompt tokens of all samples."""
-        return sum(sample.num_prompt_tokens for sample in self.samples)
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Generated tokens of all samples."""
-        return sum(sample.num_completion_tokens for sample in self.samples)
-
-    @property
     def num_tries(self) -> int:
         """Requests sent for all samples."""
         return sum(sample.num_tries for sample in self.samples)
@@ -90,6 +80,16 @@ class TeacherResult(NamedTuple):
     def answered_at(self) -> datetime | None:
         """When the last reply was received."""
         return max((sample.answered_at for sample in self.samples if sample.answered_at), default=None)
+
+
+class Usage(NamedTuple):
+    """What a set of prompts has taken, whenever it was asked, each journalled answer once: usable or not, and those of
+    prompts that were not asked to the end. Answers that a prompt outside the set has paid for are not counted."""
+
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    cost: float = 0.0
+    """Money, in the currency of the price table."""
 
 
 class TeacherRun(NamedTuple):
@@ -101,6 +101,8 @@ class TeacherRun(NamedTuple):
     """``money`` where the cap let no further request through, else None."""
     num_requests: int
     """Requests sent; 0 where the journal held everything."""
+    usage: Usage = Usage()
+    """Of all prompts."""
 
 
 def answer_record(
@@ -282,6 +284,22 @@ def open_states(states: Mapping[str, Sequence[SampleState]]) -> list[SampleState
     """The distinct samples that are still to be asked, in order."""
     distinct = {id(state): state for samples in states.values() for state in samples}
     return [state for state in distinct.values() if state.result() is None]
+
+
+def usage(states: Mapping[str, Sequence[SampleState]]) -> Usage:
+    """What the answers so far have taken."""
+    distinct = {id(state): state for samples in states.values() for state in samples}
+    records = [
+        record
+        for state in distinct.values()
+        for _, record in state.records
+        if record.get("prompt_id", state.prompt_id) in states
+    ]
+    return Usage(
+        sum(record["num_prompt_tokens"] for record in records),
+        sum(record["num_completion_tokens"] for record in records),
+        sum(record["cost"] for record in records),
+    )
 
 
 def finished_results(states: Mapping[str, Sequence[SampleState]]) -> dict[str, TeacherResult]:

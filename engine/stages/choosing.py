@@ -16,6 +16,7 @@ from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
+from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
@@ -23,6 +24,7 @@ from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
 from ka2l.selection import select as select_candidates
+from ka2l.teacher_reply import Usage
 
 
 def select(campaign: Campaign, round_index: int) -> None:
@@ -111,10 +113,8 @@ def annotate(campaign: Campaign, round_index: int) -> None:
                     refusals = getattr(annotator, "refusals", {})
                     of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
                     refused.update(refusal.reason for refusal in of_batch)
-                    money = sum(row.cost for row in [*made, *of_batch])
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
-                    spent = {"annotations": float(len(made)), "money": float(money)}
-                    write_shard(stage.url, name, rows, spent | getattr(annotator, "stats", {}))
+                    write_shard(stage.url, name, rows, _annotation_cost(annotator, [*made, *of_batch], len(made)))
                     campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
                     stopped = getattr(annotator, "stopped", None)
                 progress.advance(len(batch))
@@ -144,6 +144,16 @@ def _batch_size(stage: Stage, wanted: int) -> int:
         stage.write_file("batches.json", json.dumps({"size": wanted}).encode())
         return wanted
     return int(json.loads(begun)["size"])
+
+
+def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
+    """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
+    cost = {"annotations": float(num_annotated)}
+    usage: Usage | None = getattr(annotator, "usage", None)
+    if usage is None:
+        return cost | {"money": float(sum(row.cost for row in answered))}
+    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
+    return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
 
 
 def annotator_fields(campaign: Campaign) -> dict[str, Any]:

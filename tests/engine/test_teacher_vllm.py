@@ -139,7 +139,7 @@ def annotator(server: Server, journal: Memory, key: str = KEY, **fields: Any) ->
     prices = {"input_per_million": 1.0, "output_per_million": 2.0}
     values = {"base_url": server.url, "model": "tiny", "max_tokens": 64, "backoff_base_s": 0.0, "prices": prices}
     config = TeacherConfig.model_validate(values | fields)
-    return TeacherAnnotator(config, Teacher(config, key, journal).ask, LexicalEquivalence(), local=True)
+    return TeacherAnnotator(config, Teacher(config, key, journal).ask, LexicalEquivalence())
 
 
 def test_a_real_server_is_held_to_the_schema_its_usage_is_booked_and_its_refusals_are_kept(
@@ -161,9 +161,10 @@ def test_a_real_server_is_held_to_the_schema_its_usage_is_booked_and_its_refusal
 
     tokenizer = load_tokenizer(ModelConfig(path=str(teacher_model)))
     prompt_tokens = {kind: len(encode_messages(tokenizer, teacher_messages(asked[kind]))) for kind in KNOWN}
-    assert teacher.stats["tokens_prompt"] == 3 * sum(prompt_tokens.values())
-    total = sum(row.cost for row in made.values()) + teacher.cost_refused
-    assert total == pytest.approx((teacher.stats["tokens_prompt"] + 2 * teacher.stats["tokens_generated"]) / 1e6)
+    used = teacher.usage
+    assert used.num_prompt_tokens == 3 * sum(prompt_tokens.values())
+    assert used.cost == pytest.approx((used.num_prompt_tokens + 2 * used.num_completion_tokens) / 1e6)
+    assert sum(row.cost for row in made.values()) + teacher.cost_refused == pytest.approx(used.cost)
     assert made["again"].cost == 0
 
     # The server is not needed for what the journal holds, the refusal included.
@@ -177,7 +178,7 @@ def test_replies_that_a_real_server_cuts_off_are_asked_again_paid_and_refused(se
     teacher = annotator(server, Memory(), max_tokens=4, temperature=1.0, max_malformed=1)
     assert teacher.annotate({"a": question("size", 1)}) == []
     assert teacher.refusals["a"].reason == "2 unusable replies, the last cut off at max_tokens"
-    assert teacher.stats["tokens_generated"] == 2 * 4
+    assert teacher.usage.num_completion_tokens == 2 * 4
     assert teacher.refusals["a"].cost > 0
 
 
