@@ -72,16 +72,6 @@ class TeacherResult(NamedTuple):
         return sum(sample.cost for sample in self.samples)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """Prompt tokens of all samples."""
-        return sum(sample.num_prompt_tokens for sample in self.samples)
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Generated tokens of all samples."""
-        return sum(sample.num_completion_tokens for sample in self.samples)
-
-    @property
     def num_tries(self) -> int:
         """Requests sent for all samples."""
         return sum(sample.num_tries for sample in self.samples)
@@ -94,7 +84,7 @@ class TeacherResult(NamedTuple):
 
 class Usage(NamedTuple):
     """What a set of prompts has taken, whenever it was asked, each journalled answer once: usable or not, and those of
-    prompts that were not asked to the end."""
+    prompts that were not asked to the end. Answers that a prompt outside the set has paid for are not counted."""
 
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
@@ -297,7 +287,7 @@ def open_states(states: Mapping[str, Sequence[SampleState]]) -> list[SampleState
 
 
 def usage(states: Mapping[str, Sequence[SampleState]]) -> Usage:
-    """What the answers so far have taken. Those that were asked for by another id of the same text are that id's."""
+    """What the answers so far have taken."""
     distinct = {id(state): state for samples in states.values() for state in samples}
     records = [
         record

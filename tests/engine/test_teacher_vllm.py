@@ -161,9 +161,10 @@ def test_a_real_server_is_held_to_the_schema_its_usage_is_booked_and_its_refusal
 
     tokenizer = load_tokenizer(ModelConfig(path=str(teacher_model)))
     prompt_tokens = {kind: len(encode_messages(tokenizer, teacher_messages(asked[kind]))) for kind in KNOWN}
-    assert teacher.usage.num_prompt_tokens == 3 * sum(prompt_tokens.values())
-    total = sum(row.cost for row in made.values()) + teacher.cost_refused
-    assert total == pytest.approx((teacher.usage.num_prompt_tokens + 2 * teacher.usage.num_completion_tokens) / 1e6)
+    used = teacher.usage
+    assert used.num_prompt_tokens == 3 * sum(prompt_tokens.values())
+    assert used.cost == pytest.approx((used.num_prompt_tokens + 2 * used.num_completion_tokens) / 1e6)
+    assert sum(row.cost for row in made.values()) + teacher.cost_refused == pytest.approx(used.cost)
     assert made["again"].cost == 0
 
     # The server is not needed for what the journal holds, the refusal included.

@@ -25,7 +25,7 @@ from ka2l.prompts import teacher_messages
 from ka2l.teacher import Teacher
 from ka2l.teacher_config import Prices, TeacherConfig
 from ka2l.teacher_limits import MoneyCap, RateLimit, backoff, retry_after
-from ka2l.teacher_reply import TeacherRun
+from ka2l.teacher_reply import TeacherRun, Usage
 from ka2l.teacher_request import ShortAnswer, TeacherPrompt, cost_bound, request_body, request_key
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -137,16 +137,18 @@ def test_prompts_of_the_same_text_are_paid_once(teacher_server: Servers) -> None
     assert server.num_requests == 1
     assert run.results["a"].usable == run.results["b"].usable != []
     assert (run.results["a"].cost, run.results["b"].cost) == (pytest.approx(COST), 0)
-    assert run.results["b"].num_prompt_tokens == 0
+    assert run.usage == Usage(20, 10, pytest.approx(COST))
 
 
 def test_a_text_that_another_prompt_has_paid_for_costs_nothing_in_a_later_run_either(teacher_server: Servers) -> None:
     server, journal = teacher_server(), Memory()
     prompt = prompts(1)["q0"]
-    costs = [
-        {name: result.cost for name, result in Teacher(configured(server), "", journal).ask(asked).results.items()}
+    runs = [
+        Teacher(configured(server), "", journal).ask(asked)
         for asked in ({"a": prompt}, {"b": prompt}, {"b": prompt, "a": prompt})
     ]
+    assert [run.usage.num_prompt_tokens for run in runs] == [20, 0, 20]
+    costs = [{name: result.cost for name, result in run.results.items()} for run in runs]
     assert costs == [{"a": pytest.approx(COST)}, {"b": 0}, {"b": 0, "a": pytest.approx(COST)}]
     assert server.num_requests == 1
 

@@ -14,6 +14,7 @@ from ka2l.errors import ConfigError
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_limits import MoneyCap
 from ka2l.teacher_local import ChatRequest, LocalTeacher
+from ka2l.teacher_reply import Usage
 from ka2l.teacher_request import cost_bound
 
 PRICES = {"input_per_million": 1.0, "output_per_million": 2.0}
@@ -86,7 +87,7 @@ def test_annotations_carry_their_provenance_cost_nothing_and_their_tokens_are_co
     }
     assert {(row.annotator, row.cost) for row in made} == {("tiny@abc", 0.0)}
     assert len({row.prompt_sha256 for row in made}) == 4
-    assert (asked.usage.num_prompt_tokens, asked.usage.num_completion_tokens) == (4 * 3 * 20, 4 * 3 * 10)
+    assert asked.usage == Usage(4 * 3 * 20, 4 * 3 * 10)
 
 
 def test_samples_of_a_question_have_seeds_of_their_own_that_placement_does_not_change() -> None:
