@@ -16,7 +16,7 @@ from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
-from ka2l.annotation import Annotator
+from ka2l.annotation import Annotator, AnnotatorConfig
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
@@ -168,16 +168,6 @@ def _batch_size(stage: Stage, wanted: int) -> int:
         stage.write_file("batches.json", json.dumps({"size": wanted}).encode())
         return wanted
     return int(json.loads(begun)["size"])
-
-
-def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
-    """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
-    cost = {"annotations": float(num_annotated)}
-    usage: Usage | None = getattr(annotator, "usage", None)
-    if usage is None:
-        return cost | {"money": float(sum(row.cost for row in answered))}
-    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
-    return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
 
 
 def annotator_fields(campaign: Campaign) -> dict[str, Any]:
