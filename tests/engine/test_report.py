@@ -160,6 +160,25 @@ def test_page_shows_the_three_numbers_that_matter() -> None:
     assert "+44.4 points" in page
 
 
+def test_page_and_summary_cross_both_axes_once_annotations_have_shown_them() -> None:
+    data = synthetic()
+    assert 'id="quadrants"' not in render(data)
+    revealed = {"known": 13, "unknown": 220, "confidently_wrong": 7, "lucky": 10}
+    left = {"known": 789, "unknown": 267, "confidently_wrong": 194, "lucky": 0}
+    data.rounds[1].stages["feedback"] = StageReport({"revealed": revealed})
+    data.rounds[1].stages["knowledge"] = StageReport({"quadrants": left})
+    section = re.search(r'<section id="quadrants">.*?</section>', render(data), re.DOTALL)
+    assert section is not None
+    cells = re.findall(r'<td class="n">(\S+?)</td>', section[0])
+    assert cells == [str(value) for value in (1, *revealed.values(), *left.values())]
+    assert [row["quadrants"] for row in summary(data)["rounds"]] == [
+        None,
+        {"revealed": revealed, "left": left},
+        None,
+        None,
+    ]
+
+
 def test_every_chart_is_there_with_plotly_inlined_once() -> None:
     page = render(synthetic())
     assert tuple(_payloads(page)) == CHARTS
