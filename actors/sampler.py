@@ -59,6 +59,7 @@ class VLLMSampler:
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
         """``num_samples`` answers a request, in order; prompts that do not fit are marked ``rejected``."""
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
         fits = [len(request.prompt_token_ids) + self.config.max_tokens <= self.max_len for request in requests]
         wanted = [request for request, fit in zip(requests, fits, strict=True) if fit]
@@ -70,6 +71,9 @@ class VLLMSampler:
                 stop=list(self.config.stop),
                 seed=request.seed if request.temperature > 0 else None,
                 logprobs=0,
+                structured_outputs=None
+                if request.json_schema is None
+                else StructuredOutputsParams(json=dict(request.json_schema)),
             )
             for request in wanted
         ]
@@ -172,6 +176,7 @@ class SamplerHost:
         ]
         stats = {
             "generate_seconds": seconds,
+            "forward_passes": float(sum(answers[0].finish_reason != "rejected" for answers in generations)),
             "tokens_prompt": float(sum(len(request.prompt_token_ids) for request in requests)),
             "tokens_generated": float(sum(row["num_tokens"] for row in rows)),
             "num_rejected": float(sum(row["finish_reason"] == "rejected" for row in rows)),

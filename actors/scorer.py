@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from actors.host import Stats
 from ka2l.equivalence import Equivalence, cluster_answers, grade_answers
+from ka2l.prompts import encode_messages
 from ka2l.records import CLUSTERS
 from ka2l.sampling import Request, Sampler
 from ka2l.semantic_entropy import discrete_semantic_entropy, predictive_entropy, weighted_semantic_entropy
@@ -110,11 +111,8 @@ class SamplerJudge:
         """One greedy answer a prompt."""
         requests = []
         for prompt in prompts:
-            if self.tokenizer.chat_template:
-                messages = [{"role": "user", "content": prompt}]
-                prompt = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            ids = self.tokenizer(prompt, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
-            requests.append(Request(list(ids), 1, 0.0, 0))
+            ids = encode_messages(self.tokenizer, [{"role": "user", "content": prompt}])
+            requests.append(Request(ids, 1, 0.0, 0))
         return [made[0].answer for made in self.sampler.generate(requests)]
 
 

@@ -1,6 +1,6 @@
 """Do rounds earn their keep, and does selection? Five arms on the testbed, for several seeds.
 
-    three_rounds  the quickstart: 3 rounds of 250, probe, rehearsal
+    three_rounds  the quickstart without its decoder: 3 rounds of 250, probe, rehearsal
     one_round     the same 750 annotations in one round
     one_entropy   the same, chosen by the semantic entropy of samples of every candidate: what the probe predicts
     random        750 random annotations, no rehearsal
@@ -17,16 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import WITHOUT_DECODER, run_arm
 from machine import write_result
 
-SHARED_STAGES = ("observe", "cluster", "label", "extract", "probe", "knowledge")
 ARMS: dict[str, list[str]] = {
     "three_rounds": [],
     "one_round": ["rounds=1", "selection.budget=750"],
@@ -36,28 +33,11 @@ ARMS: dict[str, list[str]] = {
 }
 
 
-def ka2l(*words: str) -> None:
-    """Run the command line as a user would."""
-    subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
-
-
-def run_arm(arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """One run; reuses what is committed in ``work``."""
+def finished(arm: str, seed: int, work: Path) -> dict[str, Any]:
+    """The summary of one run; reuses what is committed in ``work``."""
     folder = work / f"seed-{seed}" / arm
-    sets = [f"seed={seed}", f"testbed.seed={seed}", *ARMS[arm]]
-    options = [word for item in sets for word in ("--set", item)]
-    base = work / f"seed-{seed}" / "three_rounds"
-    if (folder / "config.yaml").exists():
-        ka2l("resume", str(folder), *options)
-    elif arm in ("one_round", "everything") and (base / "round-000" / "knowledge" / "manifest.json").exists():
-        shutil.copytree(base / "pool", folder / "pool")
-        for stage in SHARED_STAGES:
-            shutil.copytree(base / "round-000" / stage, folder / "round-000" / stage)
-        for name in ("config.yaml", "mode"):
-            shutil.copy(base / name, folder / name)
-        ka2l("resume", str(folder), *options)
-    else:
-        ka2l("run", "quickstart", "--run-dir", str(folder), *options)
+    base = work / f"seed-{seed}" / "three_rounds" if arm in ("one_round", "everything") else None
+    run_arm(folder, [f"seed={seed}", f"testbed.seed={seed}", *WITHOUT_DECODER, *ARMS[arm]], base)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
 
@@ -109,7 +89,7 @@ def main() -> None:
     for seed in arguments.seeds:
         per_seed[str(seed)] = {}
         for arm in ARMS:
-            per_seed[str(seed)][arm] = digest(run_arm(arm, seed, arguments.work))
+            per_seed[str(seed)][arm] = digest(finished(arm, seed, arguments.work))
             print(seed, arm, json.dumps(per_seed[str(seed)][arm]), flush=True)
     path = write_result("campaign", {"by_seed": per_seed, "comparison": compare(per_seed)}, arguments.out)
     print(f"written: {path}")

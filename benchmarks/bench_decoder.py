@@ -11,6 +11,7 @@ Help: the same number of annotations in one round on a testbed that leaves two f
     pool_only       selected questions of the pool
     half_decoded    half of them decoded, as far as enough pass the gates
     all_decoded     all of them decoded, as far as enough pass the gates
+    paraphrases     half of them selected questions of the pool, the other half the same asked in other words
     random          random questions of the pool
 
 Accuracy is measured on unseen paraphrases of what the pool asks for, and on facts about the same people that it does
@@ -24,12 +25,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
+from arms import run_arm
 from machine import write_result
+
+from engine.cli import cache_dir
+from engine.config import load_config
+from ka2l.selection import Candidates, Selected, SelectionConfig
+from ka2l.testbed import cached_testbed
 
 #: What differs from the quickstart in every arm.
 COMMON = [
@@ -44,6 +51,13 @@ COMMON = [
     "decoder.num_epochs=5",
     "decoder.max_tokens=32",
     "decoder.cpus_per_worker=1.8",
+    # The layer below the top: it tells known from unknown nearly as well, and more of what was asked is left in it.
+    "extraction.layers=[3]",
+    "decoder.num_sampled=1",
+    "decoder.num_noised=3",
+    "decoder.num_interpolated=1",
+    "decoder.noise=0.8",
+    "decoder.max_similarity=0.99",
 ]
 HELP_COMMON = ["selection.budget=400", "testbed.outside_share=0.4"]
 ARMS: dict[str, list[str]] = {
@@ -53,24 +67,55 @@ ARMS: dict[str, list[str]] = {
     "pool_only": [*HELP_COMMON, "decoder.kind=none"],
     "half_decoded": [*HELP_COMMON, "decoder.share=0.5"],
     "all_decoded": [*HELP_COMMON, "decoder.share=1.0"],
+    # Each candidate twice, so half of them is as much rehearsal as in the other arms.
+    "paraphrases": [
+        *HELP_COMMON,
+        "decoder.kind=none",
+        "annotator.reference_table=null",
+        "selection.kind=bench_decoder:both_wordings",
+        "tuning.rehearsal=0.5",
+    ],
     "random": [*HELP_COMMON, "decoder.kind=none", "selection.kind=random"],
 }
+AGAIN = ".again"
 
 
-def ka2l(*words: str) -> None:
-    """Run the command line as a user would."""
-    subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
+def both_wordings(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """The query strategy of ``paraphrases``: the best questions in the pool's wording, and in another."""
+    row_of = {name: row for row, name in enumerate(candidates.question_ids)}
+    best = sorted(
+        (name for name in row_of if not name.endswith(AGAIN) and name + AGAIN in row_of),
+        key=lambda name: (-candidates.score[row_of[name]], name),
+    )[: budget // 2]
+    rows = np.array([row_of[name + ending] for name in best for ending in ("", AGAIN)])
+    return Selected(rows, candidates.score[rows])
 
 
-def run_arm(arm: str, seed: int, work: Path) -> dict[str, Any]:
-    """One run; goes on with what is committed in ``work``."""
+def pool_with_paraphrases(settings: list[str], file: Path) -> None:
+    """The testbed's pool with a second row for every candidate: the same fact in a wording that nothing else uses."""
+    testbed = cached_testbed(load_config("quickstart", settings).testbed, cache_dir() / "testbeds")
+    wordings: dict[str, list[str]] = {}
+    for row in pq.read_table(testbed.directory / "answers.parquet").to_pylist():
+        wordings.setdefault(row["fact"], []).append(row["question"])
+    rows = [json.loads(line) for line in testbed.pool.read_text(encoding="utf-8").splitlines()]
+    used = {row["question"] for row in rows}
+    for row in [row for row in rows if row["split"] == "candidate"]:
+        other = next(question for question in wordings[row["fact"]] if question not in used)
+        rows.append(row | {"id": row["id"] + AGAIN, "question": other})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def finished(arm: str, seed: int, work: Path) -> dict[str, Any]:
+    """The figures of one run; goes on with what is committed in ``work``."""
     folder = work / f"seed-{seed}" / arm
-    sets = [f"seed={seed}", f"testbed.seed={seed}", *COMMON, *ARMS[arm]]
-    options = [word for item in sets for word in ("--set", item)]
-    if (folder / "config.yaml").exists():
-        ka2l("resume", str(folder), *options)
-    else:
-        ka2l("run", "quickstart", "--run-dir", str(folder), *options)
+    settings = [f"seed={seed}", f"testbed.seed={seed}", *COMMON, *ARMS[arm]]
+    if arm == "paraphrases":
+        pool = work.resolve() / f"seed-{seed}" / "pool_with_paraphrases.jsonl"
+        if not pool.exists():
+            pool_with_paraphrases(settings, pool)
+        settings.append(f"pool.path={pool}")
+    run_arm(folder, settings)
     return digest(folder)
 
 
@@ -104,10 +149,12 @@ def main() -> None:
     parser.add_argument("--out", help="result file; benchmarks/results/decoder.json where not given")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    here = str(Path(__file__).resolve().parent)  # where runs find `both_wordings`
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     per_seed: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            found = run_arm(arm, seed, arguments.work)
+            found = finished(arm, seed, arguments.work)
             per_seed.setdefault(str(seed), {})[arm] = found
             print(seed, arm, json.dumps(found), flush=True)
     path = write_result("decoder", {"by_seed": per_seed}, arguments.out)

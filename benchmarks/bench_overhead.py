@@ -164,7 +164,7 @@ def main() -> None:
     from ka2l.testbed import cached_testbed
 
     print("looking for the testbed, building it where it is not in the cache (minutes)", file=sys.stderr, flush=True)
-    testbed = cached_testbed(load_config("quickstart").testbed, cache_dir() / "testbeds")
+    testbed = cached_testbed(load_config("quickstart", ["testbed.outside_share=0"]).testbed, cache_dir() / "testbeds")
     runs: list[dict[str, Any]] = []
     described = machine()
     with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:

@@ -20,8 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arms import WITHOUT_DECODER
 from bench_campaign import digest
 from machine import write_result
+
+PLAIN = [word for item in WITHOUT_DECODER for word in ("--set", item)]
 
 
 def ka2l(*words: str) -> str:
@@ -53,7 +56,7 @@ def campaign(facts: Path, budget: int, work: Path) -> dict[str, Any]:
         ka2l("resume", str(folder))
     else:
         options = sets(testbed__facts=str(facts.resolve()), selection__budget=str(budget), name="real-facts")
-        ka2l("run", "quickstart", "--run-dir", str(folder), *options)
+        ka2l("run", "quickstart", "--run-dir", str(folder), *PLAIN, *options)
     return digest(json.loads((folder / "summary.json").read_text()))
 
 
@@ -67,7 +70,7 @@ def knowledge_map(facts: Path, other: Path, work: Path) -> dict[str, Any]:
             pool__columns="null",
             sampler__max_model_len="256",
         )
-        ka2l("probe", "quickstart", "--run-dir", str(folder), *options)
+        ka2l("probe", "quickstart", "--run-dir", str(folder), *PLAIN, *options)
     summary = json.loads((folder / "summary.json").read_text())
     first = summary["rounds"][0]
     pool = json.loads((folder / "pool" / "questions" / "manifest.json").read_text())["metrics"]

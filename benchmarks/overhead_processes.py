@@ -30,6 +30,10 @@ def load_settings(spec: dict[str, Any]) -> RunConfig:
         "sampler.cpus_per_replica": cpus,
         "extraction.cpus_per_replica": cpus,
         "tuning.rehearsal": 0,
+        "extraction.layers": "all",
+        "extraction.position": "last_token",
+        "decoder.kind": "none",
+        "annotator.reference_table": "null",
         "ray.address": "local",
         "ray.num_cpus": spec["threads"],
     }

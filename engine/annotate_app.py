@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine.annotate_queue import TakenError, TaskQueue
 from engine.annotate_store import AnswerStore
-from ka2l.annotation_files import join_answers, split_answers
+from ka2l.annotation_cells import join_answers, split_answers
 from ka2l.annotation_human import HumanAnswer, Task
 from ka2l.errors import ConfigError, KA2LError, RunInUseError
 from ka2l.normalise import surface_key
@@ -55,7 +55,7 @@ class QuestionBody(BaseModel):
 
 
 class AnswerBody(BaseModel):
-    """What the person said; ``text`` may hold several answers, as :func:`ka2l.annotation_files.split_answers` reads."""
+    """What the person said; ``text`` may hold several answers, as :func:`ka2l.annotation_cells.split_answers` reads."""
 
     model_config = ConfigDict(extra="forbid")
     question_id: str

@@ -147,6 +147,20 @@ def read_shard(folder_url: str, name: str, columns: list[str] | None = None) -> 
     return pq.read_table(f"{folder}/{name}", filesystem=filesystem_, columns=columns).replace_schema_metadata(None)
 
 
+def add_up(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The sum of each item."""
+    totals: dict[str, float] = {}
+    for cost in costs:
+        for item, quantity in cost.items():
+            totals[item] = totals.get(item, 0.0) + quantity
+    return totals
+
+
+def _stats(parquet: pq.FileMetaData) -> dict[str, float]:
+    stats: dict[str, float] = json.loads((parquet.metadata or {}).get(_STATS_KEY, b"{}"))
+    return stats
+
+
 def shard_name(index: int) -> str:
     """``part-00017.parquet``."""
     return f"part-{index:05d}.parquet"
@@ -164,6 +178,7 @@ class Stage:
         self.url = f"{run.url}/{folder}"
         self.label = folder
         self._verified = run.verified.setdefault(folder, set())
+        self._plan: dict[str, Any] = {}
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -179,6 +194,12 @@ class Stage:
                 f"{self.url}/{MANIFEST} is not a manifest ({error.error_count()} problems)",
                 hint=f"Restore the file, or make the stage again: {self._redo()}",
             ) from error
+
+    def plan(self) -> dict[str, Any] | None:
+        """What the unfinished stage is being made from and has ``spent`` so far (engine.meter); None where it is not
+        begun, or committed."""
+        content = self.run.read_bytes(f"{self.path}/{PLAN}")
+        return None if content is None or self.manifest() is not None else json.loads(content)
 
     def require(self) -> Manifest:
         """The committed manifest; raises RunDirectoryError where there is none."""
@@ -233,11 +254,9 @@ class Stage:
             if manifest.fingerprint == wanted:
                 return True
             self._raise_stale(manifest.config, manifest.inputs, config, inputs)
-        plan = self.run.read_bytes(f"{self.path}/{PLAN}")
-        if plan is not None:
-            begun = json.loads(plan)
-            if begun["fingerprint"] != wanted:
-                self._raise_stale(begun["config"], begun["inputs"], config, inputs)
+        begun = self.plan()
+        if begun is not None and begun["fingerprint"] != wanted:
+            self._raise_stale(begun["config"], begun["inputs"], config, inputs)
         return False
 
     def _raise_stale(
@@ -254,17 +273,28 @@ class Stage:
         where = "" if self.round_index is None else f" --round {self.round_index}"
         return f"ka2l resume {self.run.url} --redo-from {self.name}{where}"
 
-    def begin(self, wanted: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
-        """Note what the unfinished stage is being made from, so that resume can tell."""
-        plan = {"fingerprint": wanted, "config": dict(config), "inputs": dict(inputs)}
-        write_bytes(self.run.fs, f"{self.path}/{PLAN}", _json(plan))
+    def begin(self, wanted: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> dict[str, float]:
+        """Note what the unfinished stage is being made from, so that resume can tell.
+
+        Returns:
+            What earlier attempts at it have spent.
+        """
+        spent: dict[str, float] = (self.plan() or {}).get("spent", {})
+        self._plan = {"fingerprint": wanted, "config": dict(config), "inputs": dict(inputs)}
+        self.note_spent(spent)
+        return spent
+
+    def note_spent(self, spent: Mapping[str, float]) -> None:
+        """Note what the unfinished stage has spent so far, with all attempts, in case this one is killed."""
+        write_bytes(self.run.fs, f"{self.path}/{PLAN}", _json(self._plan | {"spent": dict(spent)}))
 
     def finished_shards(self) -> set[str]:
         """Names of whole shards of an unfinished stage; unreadable files and leftovers of dead workers are removed."""
         finished = set()
         for info in self.run.list_files(self.path):
             if info.base_name.startswith(".tmp-"):
-                self.run.fs.delete_file(info.path)
+                with contextlib.suppress(FileNotFoundError):  # of `note_spent`, which has just been renamed
+                    self.run.fs.delete_file(info.path)
             elif info.base_name.startswith("part-"):
                 try:
                     pq.read_metadata(info.path, filesystem=self.run.fs)
@@ -272,6 +302,15 @@ class Stage:
                 except (pa.ArrowInvalid, OSError):
                     self.run.fs.delete_file(info.path)
         return finished
+
+    def begun_shards(self) -> dict[str, dict[str, float]]:
+        """Whole shards of an unfinished stage with what they took; changes nothing, unlike `finished_shards`."""
+        found = {}
+        for info in self.run.list_files(self.path):
+            if info.base_name.startswith("part-"):
+                with contextlib.suppress(pa.ArrowInvalid, OSError):
+                    found[info.base_name] = _stats(pq.read_metadata(info.path, filesystem=self.run.fs))
+        return found
 
     def write_file(self, name: str, content: bytes) -> None:
         """Write one more file that the next commit will list."""
@@ -301,8 +340,7 @@ class Stage:
             rows, stats = None, {}
             if info.base_name.endswith(".parquet"):
                 parquet = pq.read_metadata(pa.BufferReader(content))
-                rows = parquet.num_rows
-                stats = json.loads((parquet.metadata or {}).get(_STATS_KEY, b"{}"))
+                rows, stats = parquet.num_rows, _stats(parquet)
             files.append(
                 FileEntry(
                     path=info.path.removeprefix(f"{self.path}/"),
@@ -312,10 +350,7 @@ class Stage:
                     stats=stats,
                 )
             )
-        totals = dict(cost)
-        for entry in files:
-            for item, quantity in entry.stats.items():
-                totals[item] = totals.get(item, 0.0) + quantity
+        totals = add_up([cost, *(entry.stats for entry in files)])
         manifest = Manifest(
             stage=self.name,
             round=self.round_index,

@@ -12,7 +12,7 @@ from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
 from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
 from ka2l.errors import ConfigError
 from ka2l.hidden_states import ExtractionConfig
-from ka2l.models import ModelConfig, load_tokenizer
+from ka2l.models import ModelConfig, load_tokenizer, model_name
 from ka2l.prompts import PromptConfig, Prompter
 from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
 from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
+    from actors.teacher import TeacherHost
     from engine.artifacts import RunDirectory
+    from engine.journal import FileJournal, RemoteJournal
     from ka2l.annotation_human import Task
+    from ka2l.teacher_limits import MoneyCap
 
 
 def plugin(kind: str) -> Any:
@@ -163,7 +166,6 @@ def _teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
     from ka2l.annotation_teacher import TeacherAnnotator
     from ka2l.teacher import Teacher
     from ka2l.teacher_batch import collect_batch
-    from ka2l.teacher_limits import MoneyCap
 
     assert config.teacher is not None
     key = os.environ.get(config.teacher.api_key_env, "") if config.teacher.api_key_env else ""
@@ -173,15 +175,70 @@ def _teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
             hint="annotator.teacher.api_key_env names it; null for an endpoint that asks for no key.",
         )
     journal = open_journal(context.run, "teacher")
-    cap = MoneyCap(context.money)
-    for name, record in journal.items():
-        cap.count(name, record.get("cost", 0.0))
+    cap = _money_cap(context.money, journal)
     same = equivalence(context.equivalence)
     if config.batch_api:
         made = TeacherAnnotator(config.teacher, partial(collect_batch, config.teacher, key, journal, cap=cap), same)
         made.batch_size = 2**31  # one job
         return made
     return TeacherAnnotator(config.teacher, Teacher(config.teacher, key, journal, cap).ask, same)
+
+
+def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
+    """A teacher on this run's own workers. They start with the first question that the journal holds no answer to."""
+    from actors.pool import HostPool
+    from actors.teacher import REQUESTS_PER_CALL, complete_with
+    from engine.journal import open_journal
+    from ka2l.annotation_teacher import TeacherAnnotator
+    from ka2l.teacher_local import LocalTeacher
+
+    assert config.teacher is not None
+    engine = config.engine
+    pool = HostPool(
+        partial(teacher_host, config),
+        replicas=engine.replicas,
+        cpus=engine.cpus_per_replica,
+        gpus=engine.gpus_per_replica,
+        log_path=context.log_path,
+        timeout_s=context.release_timeout_s,
+    )
+    named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
+    journal = open_journal(context.run, "teacher")
+    # Without prices it costs nothing, whatever the cap.
+    cap = _money_cap(context.money if named.prices else None, journal)
+    teacher = LocalTeacher(
+        named,
+        complete_with(pool),
+        journal,
+        cap,
+        plain=engine.kind != "vllm",
+        run_seed=context.run_seed,
+    )
+    made = TeacherAnnotator(named, teacher.ask, equivalence(context.equivalence), pool.close)
+    made.batch_size = REQUESTS_PER_CALL * engine.replicas
+    return made
+
+
+def _money_cap(limit: float | None, journal: FileJournal | RemoteJournal) -> MoneyCap:
+    """A cap that knows what was spent in earlier rounds."""
+    from ka2l.teacher_limits import MoneyCap
+
+    cap = MoneyCap(limit)
+    for name, record in journal.items():
+        cap.count(name, record.get("cost", 0.0))
+    return cap
+
+
+def teacher_host(config: AnnotatorConfig) -> TeacherHost:
+    """What a local teacher's workers host."""
+    from actors.teacher import TeacherHost
+
+    assert config.teacher is not None
+    path, engine = config.teacher.model, config.engine
+    model = ModelConfig(path=path, dtype=engine.dtype, trust_remote_code=engine.trust_remote_code)
+    fields = engine.model_dump(exclude={"dtype", "trust_remote_code"})
+    made = sampler(model, SamplerConfig(**fields, max_tokens=config.teacher.max_tokens, stop=()))
+    return TeacherHost(made, load_tokenizer(model), model_name(path))
 
 
 class AnnotationContext(NamedTuple):
@@ -198,6 +255,11 @@ class AnnotationContext(NamedTuple):
     equivalence: EquivalenceConfig
     money: float | None
     """Most that the whole run may spend on annotation."""
+    run_seed: int
+    log_path: str
+    """Where the annotator's workers write their chatter."""
+    release_timeout_s: float
+    """How long they wait for cores and GPUs."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
@@ -212,6 +274,8 @@ def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
             return ReferenceAnnotator(context.reveal, table)
         case "teacher":
             return _teacher(config, context)
+        case "local_teacher":
+            return _local_teacher(config, context)
         case "human":
             from engine.human import HumanAnnotator
 

@@ -17,6 +17,8 @@ from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
 from engine.events import Events
+from engine.hours import Hours
+from engine.meter import Meter
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
@@ -36,7 +38,14 @@ class Campaign:
     """The model with ``testbed`` resolved to a directory."""
     pool_path: str
     """The pool with ``testbed`` resolved to a file."""
+    meter: Meter = field(default_factory=Meter, init=False)
+    """Counts what the stage at work takes."""
+    hours: Hours = field(init=False)
+    """What is left of the cap on hours."""
     _model_id: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.hours = Hours(self.run, self.config.budget.hours)
 
     @property
     def model_id(self) -> str:
@@ -176,6 +185,7 @@ def commit_stage(
 
     Raises:
         StaleStageError: it was made with another config.
+        HoursUsedUp: it is not begun, since it would not end within the cap on hours.
         StageFailedError: the work failed in a way that no KA2LError describes.
     """
     stage = campaign.stage(name, round_index)
@@ -186,21 +196,23 @@ def commit_stage(
     if stage.is_complete(wanted, config, used):
         stage.verify()
         return stage
+    campaign.hours.check(campaign, name, round_index)
     for source in inputs:
         source.verify()
     campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
-    started = time.perf_counter()
     try:
-        stage.begin(wanted, config, used)
-        metrics, cost = work(stage)
+        with campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent):
+            metrics, cost = work(stage)
+        spent = campaign.meter.spent()
+        seconds = spent.pop("seconds")
         manifest = stage.commit(
             wanted=wanted,
             config=config,
             inputs=used,
             metrics=metrics,
-            cost=cost,
+            cost=dict(cost) | spent,
             seed=campaign.config.seed,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
         )
     except AnnotationsPending as pending:
         campaign.events.emit("stage_paused", stage=name, round=round_index, reason=pending.message)
@@ -248,9 +260,11 @@ def run_host(
         wait_until_free(cpus, gpus, campaign.config.ray.release_timeout_s)
         job = HostJob(make_host, inputs, stage.url)
         log = campaign.log_path(stage)
-        for done in map_shards(job, missing, replicas=replicas, cpus=cpus, gpus=gpus, log_path=log):
-            campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
-            progress.advance(done.num_rows)
+        workers = min(replicas, len(missing))
+        with campaign.meter.hold(workers * cpus, workers * gpus):
+            for done in map_shards(job, missing, replicas=workers, cpus=cpus, gpus=gpus, log_path=log):
+                campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
+                progress.advance(done.num_rows)
 
 
 def _tail(path: str, num_lines: int = 15) -> str:

@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,12 +16,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, ModelError, RunDirectoryError, StaleStageError
+from ka2l.errors import (
+    AnnotationsPending,
+    ConfigError,
+    HoursUsedUp,
+    KA2LError,
+    ModelError,
+    RunDirectoryError,
+    StaleStageError,
+)
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
     from engine.config import RayConfig, RunConfig
+    from engine.prices import PricesConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
 app = typer.Typer(
@@ -117,31 +127,72 @@ def status(run_dir: RunDirArgument) -> None:
 
 
 @app.command()
-def report(run_dir: RunDirArgument) -> None:
-    """Write report.html and summary.json again from what is committed. Reads files only."""
+def report(
+    run_dir: RunDirArgument,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option("--baseline", help="A finished run of the same model and pool to compare with; may be repeated."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PRICES.B=C", help="Change one price, for this report alone.")
+    ] = None,
+) -> None:
+    """Write report.html and summary.json again from what is committed. Reads files only.
+
+    Example: ka2l report runs/mine --baseline runs/random --set prices.annotation=0.4
+    """
     from engine.artifacts import RunDirectory
     from engine.report import write_report
 
     target = RunDirectory(run_dir)
-    _require(target)
-    write_report(target)
+    prices = _changed_prices(_require(target), overrides or ())
+    write_report(target, prices=prices, baselines=baselines or ())
     typer.echo(f"{target.url}/report.html")
 
 
-@app.command()
-def estimate(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Predict forward passes, tokens, annotations and seconds from the config and a short measured warm-up.
+def _changed_prices(config_text: str, overrides: Sequence[str]) -> PricesConfig | None:
+    """A run's prices with ``--set`` applied; None where nothing is set. The rest of its config is not looked at."""
+    import yaml
 
-    Nothing is annotated and no run directory is written.
+    from engine.config import parse_config
+
+    if not overrides:
+        return None
+    if others := [override for override in overrides if not override.strip().startswith("prices.")]:
+        raise ConfigError(
+            f"a report can change prices alone, not {others[0]!r}", hint="For example --set prices.annotation=0.4"
+        )
+    try:
+        values = yaml.safe_load(config_text)
+    except yaml.YAMLError:
+        values = None
+    known = {"prices": values.get("prices") or {}} if isinstance(values, dict) else {}
+    return parse_config(yaml.safe_dump(known), overrides, "--set").prices
+
+
+@app.command()
+def estimate(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File that takes the figures for machines.")] = None,
+) -> None:
+    """Predict tokens, forward passes, annotations, seconds and money, from the config and a short measured warm-up.
+
+    Nothing is paid for and no run directory is written.
+    Example: ka2l estimate quickstart --json estimate.json
     """
     from engine.config import load_config
     from engine.estimate import estimate as predict
 
     loaded = load_config(config, overrides or ())
+    if json_path is not None and not json_path.parent.is_dir():
+        raise ConfigError(f"--json {json_path}: there is no such folder", hint="Make it first.")
     model, pool_path = _resolve_testbed(loaded)
     _check_inputs(loaded, model, pool_path)
     with _ray(loaded, os.devnull):
-        predict(loaded, model, pool_path, Console())
+        made = predict(loaded, model, pool_path, Console())
+    if json_path is not None:
+        json_path.write_text(made.as_json(), encoding="utf-8")
 
 
 @app.command("config")
@@ -287,8 +338,11 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     events.emit("run_started", pid=os.getpid())
     campaign = Campaign(config, target, events, model, pool_path)
     try:
-        with _ray(config, f"{target.logs()}/driver.log"):
+        with _ray(config, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             (loop.probe if only_probe else loop.run)(campaign)
+    except HoursUsedUp as used_up:
+        events.say(used_up.message)
+        loop.publish(campaign, "complete", used_up.message)
     except AnnotationsPending as pending:
         events.emit("run_paused", reason=pending.message)
         loop.publish(campaign, "paused", pending.message)
@@ -305,10 +359,12 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
 
 
 def _note_failure(campaign: Campaign) -> None:
+    from engine.ledger import write_ledger
     from engine.report import write_report
 
     try:
         write_report(campaign.run, "failed")
+        write_ledger(campaign.run)
     except Exception as error:  # the first error is the one to show
         campaign.events.say(f"(the report could not be written: {error})")
 
@@ -322,6 +378,8 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)
+    if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
+        check_model_directory(config.annotator.teacher.model)
     if is_directory(model.path):
         from ka2l.adapter import check_adapter
 

@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from engine.prices import PricesConfig
 from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
 from ka2l.equivalence import EquivalenceConfig
@@ -36,6 +37,9 @@ class BudgetConfig(Section):
     """Most annotations over all rounds; null for rounds x selection.budget."""
     money: float | None = Field(None, ge=0)
     """Most that annotation may cost over all rounds, in the currency of the annotator's price table."""
+    hours: float | None = Field(None, gt=0)
+    """Most hours that the run may work, over all attempts. A round that would not end in time, by what the last one
+    took, is not begun; what takes longer than foreseen is stopped. `ka2l resume --set budget.hours=...` goes on."""
 
 
 class RayConfig(Section):
@@ -52,7 +56,7 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything about a run."""
 
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "ray"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "ray"})
 
     name: str = "run"
     """Names the run directory ``runs/NAME`` where none is given."""
@@ -90,8 +94,18 @@ class RunConfig(Section):
     """How the adapter is tuned."""
     budget: BudgetConfig = BudgetConfig()
     """Caps."""
+    prices: PricesConfig = PricesConfig()
+    """What the report's net saving reckons with."""
     ray: RayConfig = RayConfig()
     """Where workers live."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.selection.kind == "two_axis" and self.tuning.rehearsal == 0:
+            raise ValueError(
+                "selection.kind two_axis learns from the model's own answers to candidates: set tuning.rehearsal > 0"
+            )
+        return self
 
 
 def preset_names() -> list[str]:

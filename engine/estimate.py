@@ -1,7 +1,9 @@
 """What a run will take, before anything is spent: counts from the config, rates from a short measured warm-up.
 
-The warm-up runs the real stages on a few dozen questions in a temporary folder, so start-up, prompt lengths, answer
-lengths and the machine's speed are measured and not guessed. Reference answers it uses are thrown away with it.
+Every prediction has an interval. Of tokens it is the spread between questions (95 %), of seconds the range between
+repeated measurements, and +-25 % for what could be measured only once, such as a stage's start. It does not cover what
+the warm-up cannot see: a machine that is busier later, answers that tuning makes longer or shorter than the warm-up's
+short tuning did.
 """
 
 from __future__ import annotations
@@ -9,11 +11,14 @@ from __future__ import annotations
 import json
 import math
 import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.compute as pc
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -22,78 +27,105 @@ from engine.artifacts import RunDirectory
 from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
+from engine.ledger import committed_stages
+from engine.warm_up import Decoding, Range, Rates, exactly, measure, measured_once
 from ka2l.models import ModelConfig
-from ka2l.pool import ColumnsConfig, PoolConfig
-from ka2l.records import SPLITS
+from ka2l.prompts import teacher_messages
+from ka2l.records import SCHEMA_VERSION, SPLITS
+from ka2l.teacher_config import TeacherConfig
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt, request_body
 from ka2l.tuning import num_steps
 
-_WARM_UP_QUESTIONS = 48
-_WARM_UP_STEPS = 10
+#: Characters that make a token, in English: usually, and at most and at least for the interval.
+_CHARACTERS_PER_TOKEN = (4.0, 5.0, 3.0)
+_NOTHING = exactly(0.0)
 
 
-class Prediction(NamedTuple):
-    """One stage of one round."""
+@dataclass(frozen=True)
+class Prediction:
+    """What one stage of one round takes, or several together."""
 
-    round_index: int
+    round_index: int | None
+    """-1 for the pool, as in the ledger; None for the whole run."""
     stage: str
-    questions: int
-    """Questions, or optimiser steps for ``tune`` and ``decoder``."""
-    forward_passes: int
-    """Prompts prefilled by the extractor."""
-    tokens_prompt: int
-    tokens_generated: int
-    annotations: int
-    seconds: float
+    """Empty for several."""
+    rows: int = 0
+    """Questions, or optimiser steps for ``tune`` and ``decoder``; 0 for several stages."""
+    forward_passes: int = 0
+    """Prompts that the model under study reads."""
+    annotations: int = 0
+    tokens_prompt: Range = _NOTHING
+    tokens_generated: Range = _NOTHING
+    seconds: Range = _NOTHING
+    cpu_seconds: Range = _NOTHING
+    """Of CPUs that are reserved, busy or not (engine.meter)."""
+    gpu_seconds: Range = _NOTHING
+    money: Range = _NOTHING
 
 
-class ObserveRate(NamedTuple):
-    """How fast a model state answers."""
+class Teaching(NamedTuple):
+    """What one annotation by a teacher takes, by the length of prompts and of the shortest replies."""
 
-    start_s: float
-    """Of the engine, its model and, with an adapter, the check of it."""
-    s_per_token: float
-    """Seconds a generated token."""
-
-
-class DecodingRates(NamedTuple):
-    """How long a decoder takes to fit and to use."""
-
-    fit_start_s: float
-    fit_s_per_step: float
-    decode_s: float
-    """Of the warm-up's few drafts: mostly the start of two models."""
-    forwarded_share: float
-    """Of the drafts, those that are new enough to be forwarded again."""
+    tokens_prompt: Range
+    tokens_generated: Range
+    money: Range
 
 
-class Rates(NamedTuple):
-    """What the warm-up measured."""
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take."""
 
-    tokens_per_prompt: float
-    tokens_per_answer: float
-    base: ObserveRate
-    adapted: ObserveRate
-    """With a LoRA adapter, as in every round but the first: slower, on CPUs by a lot."""
-    cluster_s: float
-    extract_start_s: float
-    extract_s_per_question: float
-    fit_s: float
-    tune_start_s: float
-    tune_s_per_step: float
-    decoding: DecodingRates | None = None
-    """None without a decoder."""
+    counts: Mapping[str, int]
+    """Questions of the pool, by split."""
+    stages: list[Prediction]
+    notes: list[str] = field(default_factory=list)
+    """What the figures leave out."""
+
+    @property
+    def rounds(self) -> list[Prediction]:
+        """The sum of each round."""
+        return [total(rows, index) for index, rows in groupby(self.stages, lambda row: row.round_index)]
+
+    @property
+    def total(self) -> Prediction:
+        """The sum of the run."""
+        return total(self.stages)
+
+    def as_json(self) -> str:
+        """For machines: every quantity of every stage, of the rounds and of the run."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "pool": dict(self.counts),
+            "intervals": " ".join((__doc__ or "").split("\n\n")[1].split()),
+            "notes": self.notes,
+            "stages": [asdict(row) for row in self.stages],
+            "rounds": [asdict(row) for row in self.rounds],
+            "total": asdict(self.total),
+        }
+        return json.dumps(content, indent=1) + "\n"
 
 
-def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Console) -> list[Prediction]:
+def total(rows: Iterable[Prediction], round_index: int | None = None) -> Prediction:
+    """The sum of several stages."""
+    rows = list(rows)
+    sums: dict[str, Any] = {name: sum(getattr(row, name) for row in rows) for name in ("forward_passes", "annotations")}
+    for item in fields(Prediction):
+        if item.default is _NOTHING:
+            sums[item.name] = sum((getattr(row, item.name) for row in rows), _NOTHING)
+    return Prediction(round_index, "", **sums)
+
+
+def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Console) -> Estimate:
     """Predict a run and print it. Ray must be initialised.
 
     Raises:
         KA2LError: whatever the real stages would raise on the first questions.
     """
     quiet = Console(quiet=True)
+    uncapped = config.model_copy(update={"budget": config.budget.model_copy(update={"hours": None})})
     with tempfile.TemporaryDirectory(prefix="ka2l-estimate-") as folder:
         full = RunDirectory(f"{folder}/full")
-        campaign = Campaign(config, full, Events(full, quiet), model, pool_path)
+        campaign = Campaign(uncapped, full, Events(full, quiet), model, pool_path)
         Path(full.path).mkdir()
         stages.pool(campaign)
         stages.check_budget(campaign)
@@ -101,184 +133,235 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         if config.decoder.kind != "none":
             stages.corpus(campaign)
             counts["corpus"] = int(campaign.stage("corpus").require().metrics["num_questions"])
-        console.print(f"pool: {counts}; warming up on {_WARM_UP_QUESTIONS} questions a split ...", highlight=False)
-        rates = _warm_up(campaign, Path(folder))
+        console.print(f"pool: {counts}; warming up on some questions of each split ...", highlight=False)
+        rates = measure(campaign, Path(folder))
+        teaching = _teaching(campaign) if config.annotator.teacher and config.annotator.kind == "teacher" else None
         cap = campaign.budget_cap()
-    predictions = predict(config, counts, rates, cap)
-    _print(predictions, console)
-    return predictions
-
-
-def predict(config: RunConfig, counts: dict[str, int], rates: Rates, cap: int) -> list[Prediction]:
-    """Every stage of every round from counts and rates."""
-    total = sum(counts[split] for split in SPLITS)
-    made: list[Prediction] = []
-    annotated = 0
-    for index in range(config.rounds + 1):
-        samples = counts["seed"] * config.sampler.num_samples + counts["eval"]
-        prompts = counts["seed"] + counts["eval"]
-        rehearsed = round(counts["candidate"] * config.tuning.rehearsal)
-        if index == 0:
-            own = 1 if config.tuning.rehearsal_labels == "greedy" else config.tuning.num_rehearsal_samples
-            samples += rehearsed * own
-            prompts += rehearsed
-        if config.selection.kind == "semantic_entropy" and index < config.rounds:
-            samples += counts["candidate"] * config.sampler.num_samples
-            prompts += counts["candidate"]
-        tokens = round(samples * rates.tokens_per_answer)
-        asked = round(prompts * rates.tokens_per_prompt)
-        rate = rates.adapted if index else rates.base
-        seconds = rate.start_s + tokens * rate.s_per_token
-        made.append(Prediction(index, "observe", prompts, 0, asked, tokens, 0, seconds))
-        made.append(Prediction(index, "cluster", prompts, 0, 0, 0, 0, rates.cluster_s))
-        wanted = min(config.selection.budget, cap - annotated)
-        if index == config.rounds or wanted <= 0:
-            break
-        seconds = rates.extract_start_s + total * rates.extract_s_per_question
-        made.append(Prediction(index, "extract", total, total, round(total * rates.tokens_per_prompt), 0, 0, seconds))
-        made.append(Prediction(index, "probe", counts["seed"], 0, 0, 0, 0, rates.fit_s))
-        if rates.decoding is not None:
-            made += _predict_decoding(config, counts, rates, rates.decoding, index, wanted)
-        annotated += wanted
-        made.append(Prediction(index, "annotate", wanted, 0, 0, 0, wanted, 0.0))
-        left = counts["seed"] + rehearsed - annotated if config.tuning.rehearsal > 0 else 0
-        steps = num_steps(config.tuning, annotated, max(0, left))
-        seconds = rates.tune_start_s + steps * rates.tune_s_per_step
-        made.append(Prediction(index, "tune", steps, 0, 0, 0, 0, seconds))
+        reading = [stage.require().seconds for stage in committed_stages(full)]
+    predictions, notes = _capped(config, counts, rates, cap, teaching)
+    pool = _held(Prediction(-1, "pool", sum(counts.values()), seconds=measured_once(sum(reading))))
+    made = Estimate(counts, [pool, *predictions], notes)
+    _print(made, console)
     return made
 
 
+def _capped(
+    config: RunConfig, counts: dict[str, int], rates: Rates, cap: int, teaching: Teaching | None
+) -> tuple[list[Prediction], list[str]]:
+    """The stages and what is to be said about them."""
+    notes = []
+    money = config.budget.money
+    if teaching is not None:
+        notes.append(
+            "The teacher was not asked: its tokens are taken from the characters of prompts and of replies like the "
+            "pool's references. Reasoning, malformed replies and its own time come on top."
+        )
+        if money is not None and teaching.money.value * cap > money:
+            cap = int(money / teaching.money.value)
+            notes.append(f"The budget of {money:g} for annotation lets about {cap:,} annotations through.")
+    if config.annotator.kind == "human":
+        notes.append("People's time is not in the figures.")
+    made = predict(config, counts, rates, cap, teaching)
+    hours, seconds = config.budget.hours, sum(row.seconds.value for row in made)
+    if hours is not None and seconds > 3600 * hours:
+        notes.append(f"The budget of {hours:g} hours ends the run before it has done all this.")
+    return made, notes
+
+
+def predict(
+    config: RunConfig, counts: Mapping[str, int], rates: Rates, cap: int, teaching: Teaching | None = None
+) -> list[Prediction]:
+    """Every stage of every round from counts and rates, with ``cap`` annotations at most."""
+    made: list[Prediction] = []
+    annotated = 0
+    for index in range(config.rounds + 1):
+        made += _predict_measuring(config, counts, rates, index)
+        wanted = min(config.selection.budget, cap - annotated)
+        if index == config.rounds or wanted <= 0:
+            break
+        made += _predict_probing(config, counts, rates, index)
+        if rates.decoding is not None:
+            made += _predict_decoding(config, counts, rates, rates.decoding, index, wanted)
+        annotated += wanted
+        teacher = teaching or Teaching(_NOTHING, _NOTHING, _NOTHING)
+        made.append(
+            Prediction(index, "annotate", wanted, 0, wanted, teacher.tokens_prompt * wanted,
+                       teacher.tokens_generated * wanted, money=teacher.money * wanted)
+        )  # fmt: skip
+        rehearsed = counts["seed"] + round(counts["candidate"] * config.tuning.rehearsal)
+        left = max(0, rehearsed - annotated) if config.tuning.rehearsal > 0 else 0
+        steps = num_steps(config.tuning, annotated, left)
+        tuning = config.tuning
+        made.append(
+            _held(Prediction(index, "tune", steps, seconds=rates.tune.seconds(steps)),
+                  tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker)
+        )  # fmt: skip
+    return made
+
+
+def _held(row: Prediction, cpus: float = 1.0, gpus: float = 0.0) -> Prediction:
+    """The stage with the seconds of the CPUs and GPUs that it holds: the driver's one CPU where none are given."""
+    values = {item.name: getattr(row, item.name) for item in fields(row)}
+    return Prediction(**values | {"cpu_seconds": row.seconds * cpus, "gpu_seconds": row.seconds * gpus})
+
+
+def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> list[Prediction]:
+    """Observe and cluster: what the round's state answers."""
+    asked = {"probe": counts["seed"], "eval": counts["eval"]}  # questions by purpose
+    prompts = rates.prompt_tokens["seed"] * counts["seed"] + rates.prompt_tokens["eval"] * counts["eval"]
+    answers = {"probe": config.sampler.num_samples, "eval": 1}  # of each question
+    if config.selection.kind == "semantic_entropy" and index < config.rounds:
+        asked["probe"] += counts["candidate"]
+        prompts += rates.prompt_tokens["candidate"] * counts["candidate"]
+    judged = sum(asked.values())
+    if index == 0 and config.rounds:
+        rehearsed = round(counts["candidate"] * config.tuning.rehearsal)
+        asked["rehearsal"] = rehearsed
+        greedy = config.tuning.rehearsal_labels == "greedy"
+        answers["rehearsal"] = 1 if greedy else config.tuning.num_rehearsal_samples
+        prompts += rates.prompt_tokens["candidate"] * rehearsed
+    # What a longer tuning does to the length of answers is between what none and a short one do, or beyond.
+    lengths = {
+        name: (tokens if index == 0 else rates.adapted_tokens.get(name, tokens).hull(tokens))
+        for name, tokens in rates.answer_tokens.items()
+    }
+    written = sum((lengths.get(name, _NOTHING) * (asked[name] * answers[name]) for name in asked), _NOTHING)
+    sampler = config.sampler
+    pace = rates.observe_adapted if index else rates.observe
+    seconds = pace.seconds(sum(asked[name] * answers[name] for name in asked), sampler.replicas)
+    passes = sum(asked.values())
+    observe = Prediction(index, "observe", passes, passes, 0, prompts, written, seconds)
+    return [
+        _held(observe, sampler.replicas * sampler.cpus_per_replica, sampler.replicas * sampler.gpus_per_replica),
+        _held(Prediction(index, "cluster", judged, seconds=rates.cluster.seconds(judged))),
+    ]
+
+
+def _predict_probing(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> list[Prediction]:
+    """From states to what is selected."""
+    num_all = sum(counts[split] for split in SPLITS)
+    made = [_predict_extract(config, rates, index, "extract", {split: counts[split] for split in SPLITS})]
+    for name, pace in rates.driver[min(index, 1)].items():
+        num = counts["seed"] if name in ("label", "probe") else num_all
+        made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num))))
+    if index:
+        # Own answers are grouped once; later they are only graded.
+        work = round(counts["candidate"] * config.tuning.rehearsal) if index == 1 else 0
+        made.append(_held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work))))
+    return made
+
+
+def _predict_extract(config: RunConfig, rates: Rates, index: int, stage: str, counts: Mapping[str, int]) -> Prediction:
+    num = sum(counts.values())
+    tokens = sum(
+        (rates.prompt_tokens.get(split, rates.prompt_tokens["candidate"]) * count for split, count in counts.items()),
+        _NOTHING,
+    ) + exactly(-rates.shared_tokens * num)
+    extraction = config.extraction
+    pace = rates.extract_adapted if index else rates.extract
+    row = Prediction(index, stage, num, num, 0, tokens, seconds=pace.seconds(num, extraction.replicas))
+    replicas = extraction.replicas
+    return _held(row, replicas * extraction.cpus_per_replica, replicas * extraction.gpus_per_replica)
+
+
 def _predict_decoding(
-    config: RunConfig, counts: dict[str, int], rates: Rates, decoding: DecodingRates, index: int, wanted: int
+    config: RunConfig, counts: Mapping[str, int], rates: Rates, decoding: Decoding, index: int, wanted: int
 ) -> list[Prediction]:
     """The stages of the decoder in one round. It is taken for granted that tuning moves the states every time."""
     decoder, corpus = config.decoder, counts["corpus"]
     made = []
     if corpus:
-        seconds = rates.extract_start_s + corpus * rates.extract_s_per_question
-        tokens = round(corpus * rates.tokens_per_prompt)
-        made.append(Prediction(index, "corpus_states", corpus, corpus, tokens, 0, 0, seconds))
+        made.append(_predict_extract(config, rates, index, "corpus_states", {"corpus": corpus}))
     num_pairs = corpus + counts["candidate"]
     epochs = decoder.refit_epochs if index else decoder.num_epochs
     steps = math.ceil(epochs * num_pairs / min(decoder.batch_size, num_pairs))
-    seconds = decoding.fit_start_s + steps * decoding.fit_s_per_step
-    made.append(Prediction(index, "decoder", steps, 0, 0, 0, 0, seconds))
+    fit = Prediction(index, "decoder", steps, seconds=decoding.fit.seconds(steps))
+    made.append(_held(fit, decoder.cpus_per_worker, decoder.gpus_per_worker))
     drafts = wanted * (decoder.num_sampled + decoder.num_noised + decoder.num_interpolated)
     passes = round(drafts * decoding.forwarded_share)
-    seconds = decoding.decode_s + passes * rates.extract_s_per_question
-    made.append(Prediction(index, "decode", drafts, passes, round(passes * rates.tokens_per_prompt), 0, 0, seconds))
+    tokens = (rates.prompt_tokens["candidate"] + exactly(-rates.shared_tokens)) * passes
+    seconds = decoding.decode_s + rates.extract.s_per_unit * passes
+    decode = Prediction(index, "decode", drafts, passes, 0, tokens, seconds=seconds)
+    made.append(_held(decode, decoder.cpus_per_worker, decoder.gpus_per_worker))
     return made
 
 
-def _warm_up(campaign: Campaign, folder: Path) -> Rates:
-    rows = _subset(campaign)
-    source = folder / "pool.jsonl"
-    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    columns = ColumnsConfig(split="split")
-    config = campaign.config.model_copy(
-        update={
-            "rounds": 1,
-            "shard_rows": len(rows),
-            "pool": PoolConfig(path=str(source), columns=columns),
-            "selection": campaign.config.selection.model_copy(update={"budget": min(16, len(rows) // 3)}),
-            "tuning": campaign.config.tuning.model_copy(update={"max_steps": _WARM_UP_STEPS}),
-            "decoder": campaign.config.decoder.model_copy(
-                update={
-                    "corpus": campaign.corpus_path(),
-                    "num_corpus": _WARM_UP_STEPS * campaign.config.decoder.batch_size,
-                    "num_epochs": 1.0,
-                }
-            ),
-            "annotator": campaign.config.annotator.model_copy(
-                update={"reference_table": campaign.reference_table_path()}
-            ),
-        }
-    )
-    run = RunDirectory(folder / "warm-up")
-    Path(run.path).mkdir()
-    warm = Campaign(config, run, campaign.events, campaign.model, str(source))
-    stages.pool(warm)
-    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.knowledge):
-        stage(warm, 0)
-    stages.select(warm, 0)
-    decoding = _warm_up_decoding(warm) if config.decoder.kind != "none" else None
-    stages.annotate(warm, 0)
-    stages.tune(warm, 0)
-    stages.observe(warm, 1)
-    extract, tune = (warm.stage(name, 0).require() for name in ("extract", "tune"))
-    drawn = warm.stage("observe", 0).table(["num_tokens", "num_prompt_tokens"])
-    working = tune.metrics["training_seconds"]
-    return Rates(
-        tokens_per_prompt=pc.mean(drawn["num_prompt_tokens"]).as_py(),
-        tokens_per_answer=pc.mean(drawn["num_tokens"]).as_py(),
-        base=_observe_rate(warm, 0),
-        adapted=_observe_rate(warm, 1),
-        cluster_s=warm.stage("cluster", 0).require().seconds,
-        extract_start_s=extract.seconds - extract.cost["forward_seconds"],
-        extract_s_per_question=extract.cost["forward_seconds"] / len(rows),
-        fit_s=sum(warm.stage(name, 0).require().seconds for name in ("label", "probe", "knowledge", "select")),
-        tune_start_s=tune.seconds - working,
-        tune_s_per_step=working / tune.metrics["num_steps"],
-        decoding=decoding,
-    )
-
-
-def _warm_up_decoding(campaign: Campaign) -> DecodingRates:
-    stages.corpus(campaign)
-    stages.fit_decoder(campaign, 0)
-    stages.decode(campaign, 0)
-    fitted, decoded = (campaign.stage(name, 0).require() for name in ("decoder", "decode"))
-    working = fitted.metrics["training_seconds"]
-    return DecodingRates(
-        fit_start_s=fitted.seconds - working,
-        fit_s_per_step=working / fitted.metrics["num_steps"],
-        decode_s=decoded.seconds,
-        forwarded_share=decoded.cost.get("forward_passes", 0.0) / max(1, decoded.metrics["num_drafts"]),
-    )
-
-
-def _observe_rate(campaign: Campaign, round_index: int) -> ObserveRate:
-    observed = campaign.stage("observe", round_index).require()
-    generating = observed.cost["generate_seconds"]
-    return ObserveRate(observed.seconds - generating, generating / max(1.0, observed.cost["tokens_generated"]))
-
-
-def _subset(campaign: Campaign) -> list[dict[str, object]]:
-    """The first questions of each split, with their answers."""
+def _teaching(campaign: Campaign) -> Teaching:
+    """What a teacher's answer takes, from the pool's questions and references; the teacher itself is not asked."""
+    config = campaign.config.annotator.teacher
+    assert config is not None
     questions = campaign.stage("questions").table(["question_id", "question", "split"])
-    picked = pa.concat_tables(
-        [questions.filter(pc.equal(questions["split"], split)).slice(0, _WARM_UP_QUESTIONS) for split in SPLITS]
-    )
+    questions = questions.filter(pc.equal(questions["split"], "candidate")).slice(0, 500)
     references = campaign.stage("references").table()
-    references = references.filter(pc.is_in(references["question_id"], picked["question_id"].combine_chunks()))
-    answers = dict(zip(references["question_id"].to_pylist(), references["answers"].to_pylist(), strict=True))
-    return [
-        {
-            "id": row["question_id"],
-            "question": row["question"],
-            "split": row["split"],
-            "answers": answers[row["question_id"]],
-        }
-        for row in picked.to_pylist()
-    ]
+    references = references.filter(pc.is_in(references["question_id"], questions["question_id"].combine_chunks()))
+    return teaching_of(config, questions["question"].to_pylist(), references["answers"].to_pylist())
 
 
-def _print(predictions: list[Prediction], console: Console) -> None:
-    headings = ("round", "stage", "rows", "passes", "prompt tok.", "new tok.", "annot.", "seconds")
-    table = Table(*headings, title="estimate (rows: questions; optimiser steps for decoder and tune)")
-    for row in predictions:
-        table.add_row(
-            str(row.round_index),
-            row.stage,
-            *(f"{value:,}" if value else "" for value in row[2:7]),
-            f"{row.seconds:.0f}",
+def teaching_of(config: TeacherConfig, questions: list[str], references: list[list[str]]) -> Teaching:
+    """What an answer takes, on average over questions with their accepted answers."""
+    asked = [
+        json.dumps(
+            request_body(config, TeacherPrompt(teacher_messages(text, config.allow_abstain), ShortAnswer), False)
         )
-    sums = [
-        sum(row.forward_passes for row in predictions),
-        sum(row.tokens_prompt for row in predictions),
-        sum(row.tokens_generated for row in predictions),
-        sum(row.annotations for row in predictions),
+        for text in questions
     ]
-    table.add_section()
-    table.add_row("", "total", "", *(f"{value:,}" for value in sums), f"{sum(row.seconds for row in predictions):.0f}")
+    replies = [json.dumps({"answers": answers[:2], "abstain": False}) for answers in references]
+    prompt, reply = (
+        Range(
+            *(config.num_samples * sum(map(len, texts)) / max(1, len(texts)) / size for size in _CHARACTERS_PER_TOKEN)
+        )
+        for texts in (asked, replies)
+    )
+    money = Range(*(config.cost(getattr(prompt, end), getattr(reply, end)) for end in ("value", "low", "high")))
+    return Teaching(prompt, reply, money)
+
+
+# -- for people ------------------------------------------------------------------------------------------------------
+
+#: Columns of the table; those with nothing in them are left out.
+_COLUMNS = {
+    "prompts": "forward_passes",
+    "annot.": "annotations",
+    "tok. in": "tokens_prompt",
+    "tok. out": "tokens_generated",
+    "sec.": "seconds",
+    "CPU s": "cpu_seconds",
+    "GPU s": "gpu_seconds",
+    "money": "money",
+}
+
+
+def _print(made: Estimate, console: Console) -> None:
+    """What a stage takes, the sums of rounds and run, and the run's interval."""
+    columns = {heading: item for heading, item in _COLUMNS.items() if _end(made.total, item, "high")}
+    table = Table("round", "stage", *columns, title="estimate", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in table.columns:
+        column.justify, column.no_wrap = ("left" if column.header in ("round", "stage") else "right"), True
+
+    def add(first: str, second: str, row: Prediction, end: str = "value") -> None:
+        table.add_row(first, second, *(_number(_end(row, item, end), item) for item in columns.values()))
+
+    for together in made.rounds:
+        number = "" if together.round_index == -1 else str(together.round_index)
+        for row in made.stages:
+            if row.round_index == together.round_index:
+                add(number, row.stage, row)
+        if number:
+            add(number, "all", together)
+        table.add_section()
+    for name, end in (("run", "value"), ("at least", "low"), ("at most", "high")):
+        add("", name, made.total, end)
     console.print(table)
+    for note in made.notes:
+        console.print(note, highlight=False)
+
+
+def _end(row: Prediction, item: str, end: str) -> float:
+    quantity = getattr(row, item)
+    return float(getattr(quantity, end) if isinstance(quantity, Range) else quantity)
+
+
+def _number(value: float, item: str) -> str:
+    if not value:
+        return ""
+    return f"{value:,.2f}" if item == "money" else f"{value:,.0f}"

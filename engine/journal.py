@@ -1,4 +1,4 @@
-"""A journal of what was paid for: a record that was put is there after any crash (ka2l.teacher_request.Journal)."""
+"""A journal of what was paid for: a record that was put is there after any crash (ka2l.teacher_reply.Journal)."""
 
 from __future__ import annotations
 

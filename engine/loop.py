@@ -15,7 +15,8 @@ One round asks one model state, the base model with the adapter tuned so far:
     tune      LoRA on answers and on the model's own answers to the rest
 
 A last observation measures the final state. Every stage commits a table and is skipped when it is already there, so
-running a finished run again does nothing and running a killed one goes on where it stopped.
+running a finished run again does nothing and running a killed one goes on where it stopped. Where the cap on hours is
+near, a stage that would not fit ends the run (ka2l.errors.HoursUsedUp), at a point where its last state is measured.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def run(campaign: Campaign) -> None:
         publish(campaign, "running")
     stages.observe(campaign, rounds)
     stages.cluster(campaign, rounds)
+    if rounds > 0:
+        stages.feedback(campaign, rounds)
     publish(campaign, "complete", reason)
 
 

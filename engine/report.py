@@ -9,14 +9,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
 from engine import report_figures
 from engine.artifacts import RunDirectory
 from engine.ledger import ROUND_STAGES
+from engine.prices import PricesConfig
+from engine.report_baseline import read_baseline
 from engine.report_collect import collect
 from engine.report_data import (
     COST_ITEMS,
@@ -27,31 +31,41 @@ from engine.report_data import (
     summary,
     unknown_fraction,
 )
-from engine.report_figures import Chart, percent
+from engine.report_figures import NBSP, Chart, percent
+from engine.report_net import Net, net, net_summary
+from engine.report_net_figures import curves
+from engine.report_spending import PURPOSES
 
 __all__ = ["ReportData", "collect", "render", "summary", "write_report"]
 
-#: What each stage's seconds are for, for the sentence about the price of probing.
-_PURPOSES = {
-    "probing": ("label", "extract", "probe", "knowledge"),
-    "sampling": ("observe", "cluster"),
-    "tuning": ("tune",),
-}
 
-
-def write_report(run: RunDirectory, status: str | None = None, reason: str | None = None) -> dict[str, Any]:
+def write_report(
+    run: RunDirectory,
+    status: str | None = None,
+    reason: str | None = None,
+    *,
+    prices: PricesConfig | None = None,
+    baselines: Iterable[str] = (),
+) -> dict[str, Any]:
     """Write ``report.html`` and ``summary.json`` from what is committed; reads files only.
 
     Args:
         run: the run directory.
         status: running | paused | complete | failed; None keeps what an earlier ``summary.json`` says.
         reason: why the run stopped or pauses, where that is not simply its end.
+        prices: what annotation and computation are worth; None takes the config's.
+        baselines: folders or URLs of finished runs of the same model and pool to compare with.
 
     Returns:
         The content of ``summary.json``.
+
+    Raises:
+        KA2LError: a baseline cannot be read or compared with; nothing is written then.
     """
+    others = [read_baseline(run, url) for url in baselines]
     data = collect(run, status, reason)
-    content = summary(data)
+    data = replace(data, prices=prices or data.prices, baselines=others)
+    content = summary(data) | {"net": net_summary(net(data))}
     run.write_text("report.html", render(data))
     run.write_json("summary.json", content)
     return content
@@ -65,15 +79,27 @@ def render(data: ReportData) -> str:
     templates = files("engine.templates")
     plotly_js, page_js = get_plotlyjs(), (templates / "report.js.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.PackageLoader("engine", "templates"),
     )
     environment.filters.update(
-        percent=percent, count=_count, seconds=_seconds, decimal=_decimal, quantity=_quantity, chart_json=_chart_json
+        percent=percent,
+        count=_count,
+        seconds=_seconds,
+        decimal=_decimal,
+        quantity=_quantity,
+        chart_json=_chart_json,
+        money=money,
+        share=_share,
     )
-    template = environment.from_string((templates / "report.html.j2").read_text(encoding="utf-8"))
-    return template.render(
+    result = net(data)
+    return environment.get_template("report.html.j2").render(
         data=data,
-        charts=_charts(data),
+        net=result,
+        charts=_charts(data) | _net_charts(result),
         headline=_headline(data),
         rounds=[_round_row(data, item) for item in data.rounds],
         costs=_costs(data),
@@ -115,6 +141,15 @@ def _charts(data: ReportData) -> dict[str, Chart | None]:
         [(item, report_figures.states(item.points)) for item in data.rounds if item.points],
     )
     charts["groups"] = _groups(data)
+    return charts
+
+
+def _net_charts(result: Net) -> dict[str, Chart | None]:
+    charts: dict[str, Chart | None] = {}
+    for key, by_money in (("net_annotations", False), ("net_money", True)):
+        label = f"Accuracy of this run and its baselines against {'total cost' if by_money else 'annotations'}"
+        figure = curves(result, by_money=by_money) if result.baselines else None
+        charts[key] = None if figure is None else report_figures.chart(key, label, figure)
     return charts
 
 
@@ -213,7 +248,7 @@ def _costs(data: ReportData) -> dict[str, Any]:
     seconds = dict(by_stage)
     shares = {
         purpose: sum(seconds.get(name, {}).get("seconds", 0.0) for name in stages) / total["seconds"]
-        for purpose, stages in _PURPOSES.items()
+        for purpose, stages in PURPOSES.items()
         if total["seconds"] > 0
     }
     return {"by_stage": by_stage, "by_round": [row for row in by_round if row[2]], "total": total, "shares": shares}
@@ -252,10 +287,24 @@ def _seconds(value: float | None) -> str:
     return f"{hours:,} h {minutes:02d} min"
 
 
+def money(value: float | None, currency: str = "") -> str:
+    """``1,343.02 USD``; below one with two digits that count, so that little is not nothing."""
+    if value is None:
+        return "–"
+    digits = 2 if abs(value) >= 1 or value == 0 else max(2, 1 - math.floor(math.log10(abs(value))))
+    whole, _, cents = f"{value:,.{digits}f}".partition(".")
+    return f"{whole}.{cents[:2]}{cents[2:].rstrip('0')}{NBSP}{currency}".replace("-", "−").strip()
+
+
+def _share(value: float) -> str:
+    """``12.3 %``; what is little but there is ``under 0.1 %``."""
+    return f"under {percent(0.001)}" if 0 < value < 0.001 else percent(value)
+
+
 def _quantity(value: float, item: str) -> str:
     """One cell of a cost table; nothing spent is a dash."""
     if not value:
         return "–"
-    if item == "seconds":
+    if item.endswith("seconds"):
         return _seconds(value)
     return f"{value:,.2f}" if item == "money" else f"{value:,.0f}"

@@ -15,21 +15,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from engine.artifacts import Manifest, RunDirectory
-from engine.ledger import POOL_STAGES, ROUND_STAGES
+from engine.artifacts import RunDirectory
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
     DecodedExample,
     ReportData,
-    RoundReport,
     SelectedExample,
-    StageReport,
     StatePoints,
     Transitions,
 )
 from engine.report_metadata import MetadataColumns
 from engine.report_reader import UNREADABLE, Reader
+from engine.report_stages import collect_stages
+from ka2l.records import SPLITS
 
 MAX_POINTS = 2_000
 MAX_POINTS_ALL_ROUNDS = 6_000
@@ -52,40 +51,10 @@ def collect(run: RunDirectory, status: str | None = None, reason: str | None = N
         reason: why it stopped or pauses; with ``status`` None taken from an earlier ``summary.json``, too.
     """
     reader = Reader(run)
-    config_text = reader.text("config.yaml")
-    config = reader.parsed(config_text)
-    earlier = reader.json("summary.json")
-    model = config.get("model")
-    data = ReportData(
-        name=str(config.get("name") or run.url.rstrip("/").rsplit("/", 1)[-1]),
-        status=status or str(earlier.get("status") or "running"),
-        reason=reason if status else earlier.get("reason"),
-        model=str(model.get("path", "")) if isinstance(model, dict) else str(model or ""),
-        command="probe" if reader.text("mode").strip() == "probe" else "run",
-        location=run.url,
-        config_yaml=config_text,
-        seed=config.get("seed") if isinstance(config.get("seed"), int) else None,
-        problems=reader.problems,
-    )
-    manifests = [(name, manifest) for name in POOL_STAGES if (manifest := reader.manifest(name, None))]
-    data.pool_stages = {name: _stage_report(manifest) for name, manifest in manifests}
-    found = [manifest for _, manifest in manifests]
-    for index in range(run.num_rounds_begun()):
-        committed = {name: manifest for name in ROUND_STAGES if (manifest := reader.manifest(name, index))}
-        data.rounds.append(RoundReport(index, {name: _stage_report(item) for name, item in committed.items()}))
-        found += committed.values()
-    if found:
-        latest = max(found, key=lambda manifest: manifest.committed_at)
-        data.versions, data.git_revision = latest.versions, latest.git_revision
-        data.seed = latest.seed if data.seed is None else data.seed
+    data = collect_stages(reader, status, reason)
     _read_tables(reader, data)
     _read_quarantine(reader, data)
     return data
-
-
-def _stage_report(manifest: Manifest) -> StageReport:
-    # A cost may add up seconds of several workers; what a reader of the report waits for is wall-clock time.
-    return StageReport(manifest.metrics, {**manifest.cost, "seconds": manifest.seconds})
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -155,7 +124,7 @@ def _read_pool(reader: Reader, data: ReportData) -> MetadataColumns:
         splits.update(table["split"].to_pylist())
         metadata.add(table)
     if splits:
-        data.num_candidates, data.num_eval = splits["candidate"], splits["eval"]
+        data.num_seed, data.num_candidates, data.num_eval = (splits[split] for split in SPLITS)
     return metadata
 
 

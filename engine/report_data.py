@@ -5,16 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.prices import PricesConfig
 from ka2l.records import SCHEMA_VERSION
+
+if TYPE_CHECKING:
+    from engine.config import RunConfig
 
 #: What a stage can cost; the order is the order of the report's columns.
 COST_ITEMS = (
     "seconds",
+    "cpu_seconds",
+    "gpu_seconds",
     "tokens_prompt",
     "tokens_generated",
     "tokens_trained",
@@ -139,11 +145,18 @@ class RoundReport:
     transitions: Transitions | None = None
     selected: list[SelectedExample] = field(default_factory=list)
     decoded: list[DecodedExample] = field(default_factory=list)
+    answer_tokens: dict[str, int] = field(default_factory=dict)
+    """Generated tokens by what the answers are for (records.PURPOSES); empty where not known."""
 
     @property
     def decodes(self) -> bool:
         """Whether questions were decoded in this round."""
         return "decode" in self.stages
+
+    @property
+    def graded(self) -> bool:
+        """Whether annotations have shown by this round where the base model was right."""
+        return bool(self.stage("feedback").metrics.get("revealed"))
 
     def stage(self, name: str) -> StageReport:
         """A stage's numbers; empty where the stage is not committed."""
@@ -173,6 +186,12 @@ class ReportData:
     num_candidates: int | None = None
     """Candidate questions of the pool, annotated or not."""
     num_eval: int | None = None
+    num_seed: int | None = None
+    config: RunConfig | None = None
+    """The config as values; None where it is not one of this version."""
+    prices: PricesConfig = field(default_factory=PricesConfig)
+    baselines: list[ReportData] = field(default_factory=list)
+    """Other runs of the same model and pool, without what is read from tables."""
     pool_stages: dict[str, StageReport] = field(default_factory=dict)
     rounds: list[RoundReport] = field(default_factory=list)
     improved: list[AnswerChange] = field(default_factory=list)
@@ -260,11 +279,19 @@ def summary(data: ReportData) -> dict[str, Any]:
                 },
                 "unknown_fraction": unknown_fraction(item),
                 "decoded": _decoded(item),
+                "quadrants": {
+                    "revealed": item.stage("feedback").metrics["revealed"],
+                    "left": knowledge.metrics.get("quadrants"),
+                }
+                if item.graded
+                else None,
                 "cost": {
                     "annotation": int(item.cost("annotations")),
                     "money": item.cost("money"),
                     "tokens_generated": int(item.cost("tokens_generated")),
                     "seconds": item.cost("seconds"),
+                    "cpu_seconds": item.cost("cpu_seconds"),
+                    "gpu_seconds": item.cost("gpu_seconds"),
                 },
             }
         )

@@ -16,8 +16,9 @@ import plotly.graph_objects as go
 
 from engine.report_data import GroupShare, ReportData, RoundReport, StatePoints, finite, forgetting
 
-_SERIES = tuple(f"var(--series-{index})" for index in range(6))
+SERIES = tuple(f"var(--series-{index})" for index in range(6))
 _MAX_LABEL = 36
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def chart(key: str, label: str, figure: go.Figure) -> Chart:
     return Chart(key, label, [], {"": figure})
 
 
-def _figure(x_title: str, y_title: str, height: int = 340, **layout: Any) -> go.Figure:
+def new_figure(x_title: str, y_title: str, height: int = 340, **layout: Any) -> go.Figure:
+    """An empty figure in the page's style."""
     axis = {
         "gridcolor": "var(--grid)",
         "linecolor": "var(--line)",
@@ -84,10 +86,10 @@ def _figure(x_title: str, y_title: str, height: int = 340, **layout: Any) -> go.
 
 def percent(value: float | None, digits: int = 1) -> str:
     """``84.2 %``; a dash for what is not known."""
-    return "–" if value is None else f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+    return "–" if value is None else f"{100 * value:.{digits}f}{NBSP}%"
 
 
-def _errors(values: Sequence[float], intervals: Sequence[tuple[float, float] | None], color: str) -> dict[str, Any]:
+def error_bars(values: Sequence[float], intervals: Sequence[tuple[float, float] | None], color: str) -> dict[str, Any]:
     """Asymmetric error bars; none where an interval is missing."""
     pairs = [(value, pair or (value, value)) for value, pair in zip(values, intervals, strict=True)]
     return {
@@ -121,14 +123,14 @@ def learning_curve(data: ReportData) -> go.Figure | None:
         if forgetting(item) is not None:
             lines.append(f"forgotten {percent(forgetting(item))} of what the base got right")
         hover.append("<br>".join(lines))
-    figure = _figure("annotations", "accuracy on eval questions", showlegend=False)
+    figure = new_figure("annotations", "accuracy on eval questions", showlegend=False)
     figure.add_scatter(
         x=[data.annotated_before(item.round) for item in rounds],
         y=values,
         mode="lines+markers",
         line={"color": "var(--accent)", "width": 2.5},
         marker={"color": "var(--accent)", "size": 9},
-        error_y=_errors(values, intervals, "var(--accent)"),
+        error_y=error_bars(values, intervals, "var(--accent)"),
         customdata=hover,
         hovertemplate="%{customdata}<extra></extra>",
     )
@@ -150,7 +152,7 @@ def transitions(data: ReportData) -> go.Figure | None:
     rounds = [item for item in data.rounds if item.transitions]
     if len(rounds) < 2:
         return None
-    figure = _figure("round", "eval questions", barmode="stack")
+    figure = new_figure("round", "eval questions", barmode="stack")
     for name, label, color in (
         ("kept", "kept right", "var(--known)"),
         ("learned", "learned", "var(--good)"),
@@ -173,9 +175,9 @@ def probe_layers(data: ReportData) -> go.Figure | None:
     rounds = [item for item in data.probed() if item.stage("probe").metrics.get("by_layer")]
     if not rounds:
         return None
-    figure = _figure("layer", "AUROC, test split")
+    figure = new_figure("layer", "AUROC, test split")
     for index, item in enumerate(rounds):
-        color = _SERIES[index % len(_SERIES)]
+        color = SERIES[index % len(SERIES)]
         sweep = [row for row in item.stage("probe").metrics["by_layer"] if finite(row.get("test_auroc")) is not None]
         chosen = item.stage("probe").number("layer")
         figure.add_scatter(
@@ -204,7 +206,7 @@ def probe_rounds(data: ReportData) -> go.Figure | None:
         ("probe", "auroc", "unknown, test questions", "var(--accent)", -0.03),
         ("knowledge", "auroc_wrong", "answers wrongly, not annotated", "var(--unknown)", 0.03),
     )
-    figure = _figure("round", "AUROC")
+    figure = new_figure("round", "AUROC")
     for stage, name, label, color, shift in series:
         rounds = [item for item in data.rounds if item.stage(stage).number(name) is not None]
         values = [item.stage(stage).metrics[name] for item in rounds]
@@ -222,7 +224,7 @@ def probe_rounds(data: ReportData) -> go.Figure | None:
             name=label,
             line={"color": color, "width": 2},
             marker={"color": color, "size": 8},
-            error_y=_errors(values, intervals, color),
+            error_y=error_bars(values, intervals, color),
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
@@ -255,7 +257,7 @@ def entropy_histogram(item: RoundReport) -> go.Figure | None:
     edges = np.linspace(0.0, max(float(entropy.max()), threshold or 0.0, 1e-3) * 1.001, 29)
     centres = ((edges[1:] + edges[:-1]) / 2).round(4)
     unknown = entropy >= (np.inf if threshold is None else threshold)
-    figure = _figure("semantic entropy, nats", "seed questions", barmode="stack", bargap=0.08)
+    figure = new_figure("semantic entropy, nats", "seed questions", barmode="stack", bargap=0.08)
     names = ("below the threshold: known", "at or above: unknown") if threshold is not None else ("seed questions", "")
     for mask, name, color in ((~unknown, names[0], "var(--known)"), (unknown, names[1], "var(--unknown)")):
         if not mask.any():
@@ -281,7 +283,7 @@ def entropy_histogram(item: RoundReport) -> go.Figure | None:
 
 def states(points: StatePoints) -> go.Figure:
     """The states in the plane of two principal components, known against unknown."""
-    figure = _figure("first principal component", "second principal component", height=460, dragmode="zoom")
+    figure = new_figure("first principal component", "second principal component", height=460, dragmode="zoom")
     unknown = points.p_unknown >= 0.5
     for mask, name, color in ((~unknown, "known", "var(--known)"), (unknown, "unknown", "var(--unknown)")):
         chosen = np.flatnonzero(mask)
@@ -301,10 +303,10 @@ def states(points: StatePoints) -> go.Figure:
 
 def groups(shares: Sequence[GroupShare]) -> go.Figure:
     """Known and unknown questions of each value of one metadata column, in the order given (first on top)."""
-    figure = _figure("share of questions", "", height=96 + 30 * len(shares), barmode="stack", bargap=0.32)
+    figure = new_figure("share of questions", "", height=96 + 30 * len(shares), barmode="stack", bargap=0.32)
     # A category axis merges equal labels: keep cut labels apart with their position as the category's key.
     keys = [str(index) for index in range(len(shares))]
-    labels = [html.escape(_shortened(share.value)) for share in shares]
+    labels = [html.escape(shortened(share.value)) for share in shares]
     rates = [share.num_unknown / share.num_questions for share in shares]
     hover = [
         f"<b>{_wrapped(share.value)}</b><br>{share.num_questions:,} questions, {percent(rate)} unknown"
@@ -345,7 +347,8 @@ def _number(value: Any) -> str:
     return "–" if number is None else f"{number:.3f}"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Cut to what fits on an axis; escape it afterwards."""
     return text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…"
 
 

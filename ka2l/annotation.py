@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 from pydantic import Field, model_validator
 
+from ka2l.sampling import EngineConfig
 from ka2l.section import Section
 from ka2l.teacher_config import TeacherConfig
 
@@ -17,16 +18,25 @@ if TYPE_CHECKING:
 TaskFormat = Literal["jsonl", "csv", "label_studio"]
 
 
+class TeacherEngineConfig(EngineConfig):
+    """What generates a local teacher's answers."""
+
+    dtype: str = "auto"
+    """auto | float32 | bfloat16 | float16; ``auto`` is what the checkpoint was saved in, and float32 on CPUs."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust the model's authors."""
+
+
 class AnnotatorConfig(Section):
     """Who answers selected questions."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("reference", "teacher", "human")
+    KINDS: ClassVar[tuple[str, ...]] = ("reference", "teacher", "local_teacher", "human")
     LOGISTICS: ClassVar[frozenset[str]] = frozenset({"task_format", "batch_api", "reference_table"})
 
     kind: str = "reference"
     """``reference``: the pool's own answers, revealed only for what was selected; ``teacher``: a language model behind
-    an endpoint; ``human``: the run pauses until people have answered, in a file or on a local web page;
-    ``module:Class``: an annotator of your own."""
+    an endpoint; ``local_teacher``: a language model on this run's own machines; ``human``: the run pauses until people
+    have answered, in a file or on a local web page; ``module:Class``: an annotator of your own."""
     reference_table: str | None = None
     """For ``reference``: JSON Lines or Parquet with ``question`` and ``answers``, where decoded questions are looked
     up, which the pool does not hold; ``testbed``: its facts."""
@@ -36,7 +46,10 @@ class AnnotatorConfig(Section):
     task_format: TaskFormat = "jsonl"
     """Of the file that people fill in: ``jsonl``, ``csv`` (spreadsheets) or ``label_studio``."""
     teacher: TeacherConfig | None = None
-    """Which model is asked, and how; for ``teacher``."""
+    """Which model is asked, and how; for ``teacher`` and ``local_teacher``. The ``model`` of the latter is a directory
+    or hub id, and what concerns an endpoint has no meaning for it."""
+    engine: TeacherEngineConfig = TeacherEngineConfig()
+    """What generates a ``local_teacher``'s answers."""
     batch_api: bool = False
     """Hand questions in through the endpoint's Batch API, which is cheaper: the run pauses until they are answered."""
 
@@ -44,7 +57,20 @@ class AnnotatorConfig(Section):
     def _has_teacher(self) -> AnnotatorConfig:
         if self.kind == "teacher" and self.teacher is None:
             raise ValueError("kind teacher needs annotator.teacher.model, and base_url where that is not OpenAI's")
+        if self.kind == "local_teacher" and self.teacher is None:
+            raise ValueError("kind local_teacher needs annotator.teacher.model, a directory or hub id")
+        if self.kind == "local_teacher" and self.batch_api:
+            raise ValueError("batch_api is for kind teacher: a local teacher has no Batch API")
         return self
+
+    def result_fields(self) -> dict[str, Any]:
+        """As any section's, less what has no meaning for the kind."""
+        fields = super().result_fields()
+        if self.kind == "local_teacher":
+            del fields["teacher"]["base_url"]
+        else:
+            del fields["engine"]
+        return fields
 
 
 class Annotation(NamedTuple):

@@ -10,17 +10,26 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ka2l.annotation_cells import (
+    completed_by,
+    flag_of,
+    guard_cell,
+    join_answers,
+    number_of,
+    own_answers_of,
+    question_id_of,
+    split_answers,
+    time_of,
+    unguard_cell,
+)
 from ka2l.annotation_human import HumanAnswer, Place, Problem, Task
 from ka2l.errors import AnnotationError
 
-SEPARATOR = " | "
 COLUMNS = (
     "question_id",
     "question",
@@ -101,11 +110,11 @@ def read_tasks(path: Path) -> list[Task]:
             values = row["data"] if isinstance(row.get("data"), dict) else row
             tasks.append(
                 Task(
-                    _question_id(values),
+                    question_id_of(values),
                     str(values["question"]),
-                    _model_answers(values.get("model_answers") or []),
-                    _number(values.get("p_unknown")),
-                    _number(values.get("semantic_entropy")),
+                    own_answers_of(values.get("model_answers") or []),
+                    number_of(values.get("p_unknown")),
+                    number_of(values.get("semantic_entropy")),
                 )
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -140,10 +149,10 @@ def read_answers(paths: Sequence[Path], annotator: str = "human") -> ReadAnswers
                     raise ValueError(row)
                 if "data" in row or "annotations" in row:
                     values = row.get("data")
-                    question_id = _question_id(values if isinstance(values, dict) else {})
+                    question_id = question_id_of(values if isinstance(values, dict) else {})
                     found = list(_label_studio_answers(question_id, row.get("annotations"), annotator, saved))
                 else:
-                    question_id = _question_id(row)
+                    question_id = question_id_of(row)
                     found = _row_answer(question_id, row, annotator, saved)
             except ValueError as error:
                 read.problems.append(Problem(place, question_id, str(error)))
@@ -151,35 +160,6 @@ def read_answers(paths: Sequence[Path], annotator: str = "human") -> ReadAnswers
             read.answers.extend(found)
             read.places.extend([place] * len(found))
     return read
-
-
-def join_answers(answers: Sequence[str]) -> str:
-    """Several answers in one text, separated by `` | ``; a separator inside an answer is escaped as ``\\|``."""
-    return SEPARATOR.join(re.sub(r"(^|(?<=\s))(\\*)\|", r"\2\2\\|", answer.strip()) for answer in answers)
-
-
-def split_answers(text: str) -> list[str]:
-    """Undo :func:`join_answers`; blank answers are dropped. A ``|`` without blanks around it stays: ``AC|DC``."""
-    parts = re.split(r"(?:^|\s+)\|(?=\s|$)", text)
-    unescaped = (re.sub(r"(^|(?<=\s))(\\+)\|", lambda m: "\\" * (len(m[2]) // 2) + "|", part) for part in parts)
-    return [part.strip() for part in unescaped if part.strip()]
-
-
-def guard_cell(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula: one that would be begins with an apostrophe.
-
-    Source: OWASP, CSV Injection, https://owasp.org/www-community/attacks/CSV_Injection
-    """
-    return "'" + text if _RISKY.match(text) else text
-
-
-def unguard_cell(text: str) -> str:
-    """Undo :func:`guard_cell`. Text that was typed in a spreadsheet and never guarded stays as it is."""
-    return text[1:] if text.startswith("'") and _RISKY.match(text) else text
-
-
-#: Apostrophes before the sign belong to the pattern: else undoing would take away one that was there before.
-_RISKY = re.compile(r"'*\s*[=+\-@\t\r＝＋－＠]")
 
 
 # --- rows of the three formats ---------------------------------------------------------------------------------------
@@ -289,14 +269,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any] | str
             yield line, "more cells than columns" if extra else dict(zip(names, map(unguard_cell, cells), strict=False))
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
-def _question_id(values: Mapping[str, Any]) -> str:
-    question_id = values.get("question_id")
-    if not isinstance(question_id, str | int) or not str(question_id).strip():
-        raise ValueError("no question_id")
-    return str(question_id)
+# --- answers ----------------------------------------------------------------------------------------------------------
 
 
 def _row_answer(question_id: str, row: Mapping[str, Any], annotator: str, saved: datetime) -> list[HumanAnswer]:
@@ -305,14 +278,14 @@ def _row_answer(question_id: str, row: Mapping[str, Any], annotator: str, saved:
     answers = split_answers(given) if isinstance(given, str) else given
     if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError("answers is neither text nor a list of texts")
-    skipped = _flag(row.get("skipped"))
+    skipped = flag_of(row.get("skipped"))
     name = str(row.get("annotator") or "").strip()
     if not answers and not skipped and not name:
         return []
     if skipped and any(answer.strip() for answer in answers):
         raise ValueError("both answered and skipped")
     stripped = [answer.strip() for answer in answers]
-    when = _time(row.get("answered_at"), saved)
+    when = time_of(row.get("answered_at"), saved)
     return [HumanAnswer(question_id, [] if skipped else stripped, name or annotator, when, skipped)]
 
 
@@ -330,46 +303,6 @@ def _label_studio_answers(question_id: str, annotations: Any, annotator: str, sa
             texts = value.get("text") if isinstance(value, dict) and region.get("type") == "textarea" else None
             answers += [texts] if isinstance(texts, str) else texts if isinstance(texts, list) else []
         skipped = bool(made.get("was_cancelled"))
-        when = _time(made.get("updated_at") or made.get("created_at"), saved)
+        when = time_of(made.get("updated_at") or made.get("created_at"), saved)
         kept = [] if skipped else [text.strip() for text in answers if isinstance(text, str)]
-        yield HumanAnswer(question_id, kept, _completed_by(made.get("completed_by")) or annotator, when, skipped)
-
-
-def _completed_by(who: Any) -> str:
-    if isinstance(who, dict):
-        name = f"{who.get('first_name') or ''} {who.get('last_name') or ''}".strip()
-        return str(who.get("email") or name or _completed_by(who.get("id")))
-    return f"user {who}" if isinstance(who, int) else str(who or "")
-
-
-def _flag(value: Any) -> bool:
-    """``yes``, ``true``, ``x``, ``1`` and their opposites, as people write them into a spreadsheet."""
-    text = str("" if value is None else value).strip().lower()
-    if text in ("yes", "y", "true", "x", "1", "skip", "skipped"):
-        return True
-    if text in ("", "no", "n", "false", "0"):
-        return False
-    raise ValueError(f"skipped is {value!r}; write yes or leave it empty")
-
-
-def _time(value: Any, otherwise: datetime) -> datetime:
-    """ISO 8601, taken as UTC where no zone is given. Spreadsheets rewrite times; an answer is not lost for that."""
-    try:
-        when = datetime.fromisoformat(str(value).strip())
-        return when.astimezone(UTC) if when.tzinfo else when.replace(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        return otherwise
-
-
-def _number(value: Any) -> float | None:
-    if value is None or value == "":
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _model_answers(value: Any) -> list[tuple[str, int]]:
-    if isinstance(value, str):
-        found = [re.fullmatch(r"(.*) \((\d+)\)", part, re.DOTALL) for part in split_answers(value)]
-        return [(match[1], int(match[2])) for match in found if match]
-    return [(str(answer), int(count)) for answer, count in value]
+        yield HumanAnswer(question_id, kept, completed_by(made.get("completed_by")) or annotator, when, skipped)

@@ -11,7 +11,8 @@ from ka2l.equivalence import Equivalence, cluster_answers
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherResult, TeacherRun
+from ka2l.teacher_reply import TeacherResult, TeacherRun, Usage
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt
 
 
 class Refusal(NamedTuple):
@@ -27,13 +28,16 @@ class TeacherAnnotator:
 
     Args:
         config: the teacher's; ``num_samples`` and ``min_agreement`` decide when an answer is trusted.
-        ask: :meth:`ka2l.teacher.Teacher.ask`, or :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
+        ask: :meth:`ka2l.teacher.Teacher.ask`, :meth:`ka2l.teacher_local.LocalTeacher.ask`, or
+            :func:`ka2l.teacher_batch.collect_batch` with all but the prompts.
         equivalence: says which samples mean the same.
+        close: gives back what ``ask`` holds.
 
     Attributes:
         refusals: question id -> why no annotation came of it, over all calls.
         stopped: ``money`` once the cap was reached: questions that are neither annotated nor refused were not asked to
             the end.
+        usage: tokens and money of the questions of the last call, those refused or not asked to the end included.
     """
 
     def __init__(
@@ -41,13 +45,16 @@ class TeacherAnnotator:
         config: TeacherConfig,
         ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
         equivalence: Equivalence,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
+        self.close = close
         self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}
         self.stopped: str | None = None
+        self.usage = Usage()
 
     @property
     def cost_refused(self) -> float:
@@ -65,7 +72,7 @@ class TeacherAnnotator:
             for question_id, question in questions.items()
         }
         run = self.ask(prompts)
-        self.stopped = run.stopped
+        self.stopped, self.usage = run.stopped, run.usage
         annotations = []
         for question_id, result in run.results.items():
             answers = self._agreed(questions[question_id], result)

@@ -98,6 +98,12 @@ class AnnotationsPending(KA2LError):  # noqa: N818 - a state of the run, not a m
     exit_code = 3
 
 
+class HoursUsedUp(KA2LError):  # noqa: N818 - a state of the run, not a mishap
+    """The cap on the run's hours is reached: the run ends here, and goes on with a larger one."""
+
+    exit_code = 0
+
+
 class EngineError(KA2LError):
     """Something failed that the user did not cause."""
 

@@ -81,6 +81,11 @@ def directory_identity(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def model_name(path: str) -> str:
+    """A name that says which weights: the hub id, or a directory's own name and the hash of its content."""
+    return f"{Path(path).expanduser().resolve().name}@{directory_identity(path)}" if is_directory(path) else path
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with left padding and a pad token; raises ModelError where it cannot be loaded."""
     from transformers import AutoTokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ka2l.section import Section
@@ -80,6 +80,16 @@ class Prompter:
     def token_ids(self, question: str) -> list[int]:
         """The prompt's tokens. A rendered chat prompt already holds its special tokens, so none are added there."""
         return list(self.tokenizer(self.text(question), add_special_tokens=not self.is_chat)["input_ids"])
+
+
+def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Tokens of a conversation up to where the next answer begins: by the chat template, else as plain text."""
+    if not tokenizer.chat_template:
+        text = "\n\n".join(message["content"] for message in messages)
+        return list(tokenizer(text)["input_ids"])
+    turns = [dict(message) for message in messages]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 # --- for a teacher ---------------------------------------------------------------------------------------------------

@@ -104,6 +104,10 @@ KNOWLEDGE = pa.schema(
         _field("p_unknown", pa.float32(), "calibrated probability of unknown under this round's model state"),
         _field("logit", pa.float32(), "log-odds of p_unknown"),
         _field("score", pa.float32(), "evidence for unknown over all model states so far; ranks the candidates"),
+        _field(
+            "p_wrong", pa.float32(), "probability that the base model answers wrongly; null before annotations", True
+        ),
+        _field("quadrant", pa.string(), "one of correctness.QUADRANTS, for the base model; null as above", True),
         _field("pca_0", pa.float32(), "first principal component of the chosen layer's states"),
         _field("pca_1", pa.float32(), "second principal component"),
     ]
@@ -149,9 +153,10 @@ LEDGER = pa.schema(
     [
         _field("round", pa.int32(), "-1 for the pool"),
         _field("stage", pa.string(), "stage that spent it"),
-        _field("item", pa.string(), "seconds | tokens_prompt | tokens_generated | forward_passes | annotation | ..."),
+        _field("item", pa.string(), "see engine.ledger; rows of one item add up"),
         _field("quantity", pa.float64(), "how much, in the item's unit"),
-        _field("question_id", pa.string(), "for annotations: the question whose answer was revealed", True),
+        _field("question_id", pa.string(), "for reveals and their money: the question that was answered", True),
+        _field("annotator", pa.string(), "for annotating: who answered, as in ANNOTATIONS", True),
     ]
 )
 

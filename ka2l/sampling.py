@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from pydantic import Field
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 
-class SamplerConfig(Section):
-    """How answers are sampled and where."""
+class EngineConfig(Section):
+    """What generates text, and on how much of the machine."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("vllm", "transformers")
     LOGISTICS: ClassVar[frozenset[str]] = frozenset(
@@ -31,14 +31,6 @@ class SamplerConfig(Section):
 
     kind: str = "vllm"
     """``vllm``, or ``transformers`` for machines without vLLM (slow)."""
-    num_samples: int = Field(10, ge=2)
-    """Answers per seed question, drawn at ``temperature``; semantic entropy comes from them."""
-    temperature: float = Field(1.0, gt=0)
-    """Of the sampled answers. The answer that measures accuracy is greedy."""
-    max_tokens: int = Field(64, ge=1)
-    """Longest answer, tokens."""
-    stop: tuple[str, ...] = ("\n",)
-    """Texts that end an answer."""
     replicas: int = Field(1, ge=1)
     """Engines side by side."""
     cpus_per_replica: float = Field(1.0, ge=0)
@@ -59,6 +51,19 @@ class SamplerConfig(Section):
     """More arguments for vLLM's ``LLM``, as they are."""
 
 
+class SamplerConfig(EngineConfig):
+    """How answers are sampled and where."""
+
+    num_samples: int = Field(10, ge=2)
+    """Answers per seed question, drawn at ``temperature``; semantic entropy comes from them."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the sampled answers. The answer that measures accuracy is greedy."""
+    max_tokens: int = Field(64, ge=1)
+    """Longest answer, tokens."""
+    stop: tuple[str, ...] = ("\n",)
+    """Texts that end an answer."""
+
+
 class Request(NamedTuple):
     """Answers wanted for one prompt."""
 
@@ -68,6 +73,8 @@ class Request(NamedTuple):
     """0 is greedy."""
     seed: int
     """Sample i of the request draws from seed + i."""
+    json_schema: Mapping[str, Any] | None = None
+    """What the answer must be, where the sampler can hold a model to it (vLLM)."""
 
 
 class Generation(NamedTuple):

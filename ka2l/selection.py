@@ -22,16 +22,20 @@ if TYPE_CHECKING:
 class SelectionConfig(Section):
     """Which candidates are annotated in a round."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("random", "probe", "semantic_entropy", "probe_diverse")
+    KINDS: ClassVar[tuple[str, ...]] = ("random", "probe", "semantic_entropy", "probe_diverse", "two_axis")
 
     kind: str = "probe"
     """``probe`` takes what the probe holds most likely unknown; ``semantic_entropy`` what the model's own answers
     disagree about most (samples of all candidates are needed); ``probe_diverse`` spreads over the likely unknown;
+    ``two_axis`` takes what is most likely answered wrongly, with doubt or without, as annotation has shown so far;
     ``random`` is the control; ``module:function`` is a strategy of your own."""
     budget: int = Field(150, ge=1)
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
     """``probe_diverse`` chooses among this many times the budget of the most likely unknown."""
+    explore: float = Field(0.1, ge=0, le=1)
+    """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
+    learnt wrongly. The last round does not explore."""
 
 
 class Candidates(NamedTuple):
@@ -46,6 +50,8 @@ class Candidates(NamedTuple):
     """Semantic entropy, nats, shape (N,); None where candidates were not sampled."""
     states: np.ndarray | None = None
     """Hidden states, shape (N, D)."""
+    p_wrong: np.ndarray | None = None
+    """Probability that the base model answers wrongly, shape (N,); None before anything has been annotated."""
 
 
 class Selected(NamedTuple):
@@ -141,12 +147,35 @@ def probe_diverse(candidates: Candidates, budget: int, seed: int, config: Select
     return Selected(indices, candidates.score[indices])
 
 
+def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """The most likely answered wrongly, and a share of the budget drawn from what looks known.
+
+    Before anything is annotated, the most evidence for unknown stands in. The explored questions are drawn without
+    replacement, each with a weight of 1 - P(unknown), and spread over the ranks.
+    """
+    import numpy as np
+    from scipy.special import expit
+
+    num_explored = round(config.explore * budget)
+    ranked_by = candidates.score if candidates.p_wrong is None else candidates.p_wrong
+    order = _top(ranked_by, candidates.question_ids, len(candidates.question_ids), seed).indices
+    best, rest = order[: budget - num_explored], order[budget - num_explored :]
+    # Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis 2006).
+    draws = np.log(_tie_breakers([candidates.question_ids[row] for row in rest], seed + 1) + 2.0**-64)
+    keys = draws / expit(-np.asarray(candidates.score, dtype=np.float64)[rest])
+    explored = rest[np.argsort(-keys, kind="stable")[:num_explored]]
+    places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in (best, explored)])
+    indices = np.concatenate([best, explored])[np.argsort(places, kind="stable")]
+    return Selected(indices, ranked_by[indices])
+
+
 #: kind -> strategy.
 STRATEGIES: dict[str, Strategy] = {
     "random": random,
     "probe": probe,
     "semantic_entropy": semantic_entropy,
     "probe_diverse": probe_diverse,
+    "two_axis": two_axis,
 }
 
 

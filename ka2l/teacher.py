@@ -17,26 +17,33 @@ from ka2l.errors import ConfigError, EngineError, KA2LError
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_faults import Fault, fault_of, redact, status_fault
 from ka2l.teacher_limits import MoneyCap, RateLimit, backoff
-from ka2l.teacher_request import (
+from ka2l.teacher_reply import (
     Journal,
     SampleState,
-    TeacherPrompt,
     TeacherRun,
     answer_record,
-    cost_bound,
+    any_answered,
     finished_results,
     open_states,
+    sample_states,
+    unanswered_record,
+    usage,
+)
+from ka2l.teacher_request import (
+    TeacherPrompt,
+    cost_bound,
+    given_up_key,
     plain_key,
     prompt_tokens_bound,
     request_body,
-    sample_states,
 )
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-#: Prompts in a row without any answer, each tried ``max_retries`` times, after which the endpoint counts as down.
-_DOWN_AFTER = 3
+#: Prompts in a row without any answer, each tried ``max_retries`` times, after which the endpoint counts as down; and
+#: prompts that are refused, where none was ever answered, after which it is the config that counts as wrong.
+NUM_TO_BLAME_ENDPOINT = 3
 
 
 def check_cap(config: TeacherConfig, cap: MoneyCap | None) -> MoneyCap:
@@ -44,6 +51,14 @@ def check_cap(config: TeacherConfig, cap: MoneyCap | None) -> MoneyCap:
     if cap is not None and cap.limit is not None and config.prices is None:
         raise ConfigError("a cap on money needs the teacher's prices", hint="Set teacher.prices, per million tokens.")
     return cap or MoneyCap()
+
+
+def refuses_all(config: TeacherConfig, num_refused: int, problem: str) -> ConfigError:
+    """The error where every prompt was refused and none was ever answered."""
+    return ConfigError(
+        f"{config.base_url} refused all {num_refused} prompts; {problem}",
+        hint="Correct what it says in annotator.teacher or at the endpoint, then resume: nothing was paid for.",
+    )
 
 
 class Teacher:
@@ -69,12 +84,14 @@ class Teacher:
         self.journal = journal
         self.cap = check_cap(config, cap)
         self.on_result = on_result
+        self.has_answered = False
+        """Whether the endpoint has answered anything so far, a kill ago included."""
 
     def ask(self, prompts: Mapping[str, TeacherPrompt]) -> TeacherRun:
         """Replies to prompts by id; what the journal holds is not asked. Not for use inside an event loop.
 
         Raises:
-            ConfigError: the endpoint refuses the key, or knows no such model.
+            ConfigError: the endpoint refuses the key or every prompt, or knows no such model.
             BudgetError: the account at the endpoint has no money left.
             EngineError: the endpoint is down. After each of these, asking again goes on where it ended.
         """
@@ -87,17 +104,19 @@ class Teacher:
             for state in samples:
                 for key, record in state.records:
                     self.cap.count(key, record["cost"])
+        self.has_answered = self.has_answered or any_answered(states)
         todo = open_states(states)
         asking = _Asking(self, todo)
         if todo:
             await asking.work()
-        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests)
+        return TeacherRun(finished_results(states), asking.stopped, asking.num_requests, usage(states))
 
 
 class _Asking:
     """One call of :meth:`Teacher.ask`: workers that take samples from one list."""
 
     def __init__(self, teacher: Teacher, states: list[SampleState]) -> None:
+        self.teacher = teacher
         self.config = teacher.config
         self.journal = teacher.journal
         self.cap = teacher.cap
@@ -109,7 +128,12 @@ class _Asking:
         self.error: KA2LError | None = None
         self.num_requests = 0
         self.num_done = 0
-        self.num_failed_in_row = 0
+        self.failed_in_row: set[str] = set()
+        self.refused: list[tuple[str, SampleState]] = []
+        """Samples that the endpoint refuses, with the key of the try; not in the journal yet."""
+        names = {given_up_key(self.config, state.prompt) for state in states}
+        self.num_prompts = len(names)
+        self.given_up_before = {name for name in names if self.journal.get(name) is not None}
         self.limits = (RateLimit(self.config.requests_per_minute), RateLimit(self.config.tokens_per_minute))
         self.settled = asyncio.Condition()
 
@@ -134,6 +158,8 @@ class _Asking:
         for outcome in ended:
             if isinstance(outcome, BaseException):
                 raise outcome
+        if self.error is None and self.stopped is None:
+            await self._judge_refusals()
         if self.error is not None:
             raise self.error
 
@@ -169,27 +195,31 @@ class _Asking:
                 self.num_requests += 1
                 received, fault = await self._post(client, key, body)
                 if fault is None:
-                    record = answer_record(self.config, state.prompt, body, received)
+                    record = answer_record(self.config, state.prompt, body, received, state.prompt_id)
                     await asyncio.to_thread(self.journal.put, key, record)
                     self.cap.count(key, record["cost"])
             finally:
                 await self._release(bound, lost=fault is not None and fault.maybe_billed)
             if fault is None:
                 state.records.append((key, record))
-                self.num_failed_in_row = 0
+                self.failed_in_row.clear()
+                if not self.teacher.has_answered:
+                    self.teacher.has_answered = True
+                    await self._keep_refusals()
                 return
-            state.num_faults += 1
             if fault.refuses_schema and not plain and state.prompt.answer is not None:
+                state.num_faults += 1
                 await self._fall_back()
                 return
             if fault.fatal is not None:
                 self.error = self.error or fault.fatal
                 return
             if not fault.retryable:
-                state.refusal = f"the endpoint refuses the request: {fault.reason}"
+                await self._refuse(key, state, fault)
                 return
+            state.num_faults += 1
             if num_faults > self.config.max_retries:
-                self._give_up(state, fault)
+                await self._give_up(state, fault)
                 return
             await self._wait_after(fault, num_faults)
 
@@ -258,11 +288,39 @@ class _Asking:
             self.plain = True
             await asyncio.to_thread(self.journal.put, plain_key(self.config), {"response_format": "refused"})
 
-    def _give_up(self, state: SampleState, fault: Fault) -> None:
-        """The prompt is refused, unless no other fares better: then it is the endpoint that is at fault."""
+    async def _refuse(self, key: str, state: SampleState, fault: Fault) -> None:
+        """Not asked again: the journal holds the refusal, once it is known that the endpoint answers others."""
+        reason = f"the endpoint refuses the request: {fault.reason}"
+        state.records.append((key, unanswered_record(state.prompt, reason, state.prompt_id, final=True)))
+        self.refused.append((key, state))
+        if self.teacher.has_answered:
+            await self._keep_refusals()
+
+    async def _keep_refusals(self) -> None:
+        kept, self.refused = self.refused, []
+        for key, state in kept:
+            await asyncio.to_thread(self.journal.put, key, state.records[-1][1])
+
+    async def _judge_refusals(self) -> None:
+        """Where the endpoint has refused all and answered nothing, a wrong setting is likelier than wrong prompts; what
+        is refused then is not for ever."""
+        num_refused = len({state.prompt.sha256() for _, state in self.refused})
+        if num_refused >= NUM_TO_BLAME_ENDPOINT:
+            self.error = refuses_all(self.config, num_refused, self.refused[0][1].records[-1][1]["problem"])
+        else:
+            await self._keep_refusals()
+
+    async def _give_up(self, state: SampleState, fault: Fault) -> None:
+        """The prompt is refused, unless no other fares better: then it is the endpoint that is at fault. A prompt that
+        an earlier run has given up is refused all the same, or it would end every run."""
         state.refusal = f"no answer after {self.config.max_retries + 1} tries: {fault.reason}"
-        self.num_failed_in_row += 1
-        if self.num_failed_in_row >= min(_DOWN_AFTER, len(self.states)):
+        name = given_up_key(self.config, state.prompt)
+        self.failed_in_row.add(name)
+        if fault.received:
+            if name in self.given_up_before:
+                return
+            await asyncio.to_thread(self.journal.put, name, {"given_up": state.refusal})
+        if len(self.failed_in_row) >= min(NUM_TO_BLAME_ENDPOINT, self.num_prompts):
             self.error = self.error or EngineError(
                 f"the teacher at {self.config.base_url} gives no answers: {fault.reason}",
                 hint="Resume when it is up again; answers received so far are kept.",

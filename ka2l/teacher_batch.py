@@ -16,24 +16,22 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.errors import AnnotationsPending, EngineError, KA2LError
-from ka2l.teacher import check_cap
+from ka2l.teacher import NUM_TO_BLAME_ENDPOINT, check_cap, refuses_all
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_faults import fault_of, redact, status_fault
 from ka2l.teacher_limits import MoneyCap
-from ka2l.teacher_request import (
+from ka2l.teacher_reply import (
     Journal,
-    TeacherPrompt,
     TeacherRun,
     answer_record,
-    cost_bound,
+    any_answered,
     finished_results,
     open_states,
-    plain_key,
-    request_body,
-    request_key,
     sample_states,
     unanswered_record,
+    usage,
 )
+from ka2l.teacher_request import TeacherPrompt, cost_bound, plain_key, request_body, request_key
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -139,7 +137,8 @@ def collect_batch(
             _collect(config, client, journal, prompts, job, batch)
         num_requests += job.num_requests
     states = sample_states(config, prompts, journal)
-    return TeacherRun(finished_results(states), "money" if open_states(states) else None, num_requests)
+    stopped = "money" if open_states(states) else None
+    return TeacherRun(finished_results(states), stopped, num_requests, usage(states))
 
 
 def _next_job(
@@ -214,19 +213,31 @@ def _collect(
     batch: Batch,
 ) -> None:
     """Put every answer of a batch that has ended into the journal, then note that it is collected."""
-    asked = {
-        request_key(config, prompt, sample, attempt, plain): (prompt, plain)
-        for prompt in prompts.values()
-        for sample in range(config.num_samples)
-        for attempt in range(config.max_malformed + 1)
-        for plain in (False, True)
-    }
+    asked: dict[str, tuple[TeacherPrompt, str, bool]] = {}
+    for prompt_id, prompt in prompts.items():
+        for sample in range(config.num_samples):
+            for attempt in range(config.max_malformed + 1):
+                for plain in (False, True):
+                    asked.setdefault(request_key(config, prompt, sample, attempt, plain), (prompt, prompt_id, plain))
     fatal: KA2LError | None = None
+    refused: dict[str, dict[str, Any]] = {}
     for file_id in (batch.output_file_id, batch.error_file_id):
         for row in _rows(client.files.content(file_id).text) if file_id else ():
             key = row.get("custom_id")
-            if key in asked and journal.get(key) is None:  # some endpoints give a row twice
-                fatal = _journal_row(config, journal, key, *asked[key], row) or fatal
+            if key not in asked or journal.get(key) is not None:  # some endpoints give a row twice
+                continue
+            made = _journal_row(config, journal, key, *asked[key], row)
+            if isinstance(made, dict):
+                refused[key] = made
+            else:
+                fatal = made or fatal
+    answered = any_answered(sample_states(config, prompts, journal))
+    num_refused = len({record["prompt_sha256"] for record in refused.values()})
+    if not answered and num_refused >= NUM_TO_BLAME_ENDPOINT:
+        fatal = fatal or refuses_all(config, num_refused, next(iter(refused.values()))["problem"])
+    else:
+        for key, record in refused.items():
+            journal.put(key, record)
     journal.put(job.set_key, job.record(collected=True) | {"status": batch.status})
     if fatal is not None:
         raise fatal
@@ -251,12 +262,20 @@ def _rows(text: str) -> Iterator[dict[str, Any]]:
 
 
 def _journal_row(
-    config: TeacherConfig, journal: Journal, key: str, prompt: TeacherPrompt, plain: bool, row: Mapping[str, Any]
-) -> KA2LError | None:
-    """Keep one row of a batch's files; returns the error where no other row would fare better."""
+    config: TeacherConfig,
+    journal: Journal,
+    key: str,
+    prompt: TeacherPrompt,
+    prompt_id: str,
+    plain: bool,
+    row: Mapping[str, Any],
+) -> KA2LError | dict[str, Any] | None:
+    """Keep one row of a batch's files; returns the error where no other row would fare better, or the record of a
+    refusal, which the caller keeps."""
     response, error = row.get("response") or {}, row.get("error") or {}
     if response.get("status_code") == 200 and response.get("body"):
-        journal.put(key, answer_record(config, prompt, request_body(config, prompt, plain), response["body"]))
+        sent = request_body(config, prompt, plain)
+        journal.put(key, answer_record(config, prompt, sent, response["body"], prompt_id))
         return None
     if error.get("code") in ("batch_expired", "batch_cancelled"):
         return None  # never worked on: it goes into the next batch
@@ -267,9 +286,11 @@ def _journal_row(
     if fault.refuses_schema and not plain:
         if journal.get(plain_key(config)) is None:
             journal.put(plain_key(config), {"response_format": "refused"})
-    elif fault.fatal is None:
+    elif fault.fatal is None and fault.retryable:
         # Counted as a try, so that a request that fails in every batch comes to an end.
-        journal.put(key, unanswered_record(prompt, fault.reason))
+        journal.put(key, unanswered_record(prompt, fault.reason, prompt_id))
+    elif fault.fatal is None:
+        return unanswered_record(prompt, f"the endpoint refuses the request: {fault.reason}", prompt_id, final=True)
     return fault.fatal
 
 

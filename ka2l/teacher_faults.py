@@ -25,6 +25,8 @@ class Fault(NamedTuple):
     """How long the endpoint asks to wait."""
     maybe_billed: bool = False
     """The endpoint may have worked on it."""
+    received: bool = False
+    """The endpoint got the prompt and failed at it: the prompt may be the reason."""
     refuses_schema: bool = False
     """It wants no ``response_format``."""
 
@@ -38,11 +40,12 @@ def fault_of(error: Exception, config: TeacherConfig, api_key: str) -> Fault:
         body = error.body if isinstance(error.body, dict) else {}
         return status_fault(error.status_code, body, reason, config, error.response.headers)
     if isinstance(error, TimeoutError | openai.APITimeoutError):
-        return Fault(f"no answer within {config.timeout_s:g} s", True, maybe_billed=True)
+        return Fault(f"no answer within {config.timeout_s:g} s", True, maybe_billed=True, received=True)
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
         never_sent = type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
-        return Fault(redact(f"connection failed: {cause or error}", api_key), True, maybe_billed=not never_sent)
+        sent = not never_sent
+        return Fault(redact(f"connection failed: {cause or error}", api_key), True, maybe_billed=sent, received=sent)
     raise error
 
 
@@ -54,7 +57,7 @@ def status_fault(status: int, body: dict[str, Any], reason: str, config: Teacher
         hint = "Add credit to the account, then resume: answers received so far are kept."
         return Fault(reason, False, BudgetError(f"the account at {config.base_url} has no money left", hint=hint))
     if status == 429 or status in _RETRYABLE or status >= 500:
-        return Fault(reason, True, wait_s=retry_after(headers or {}))
+        return Fault(reason, True, wait_s=retry_after(headers or {}), received=status >= 500)
     if status in (401, 403):
         name = config.api_key_env or "none, see teacher.api_key_env"
         hint = f"Check the API key (environment variable: {name}) and what it may use."

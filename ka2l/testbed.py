@@ -56,6 +56,9 @@ class TestbedConfig(Section):
     """Share of training rows about people never asked about, with random answers: doubt has to be learnt."""
     wrong_share: float = Field(0.0, ge=0, le=1)
     """Share of the well-known facts that are learnt wrongly: always shown with one wrong answer."""
+    wrong_relations: tuple[str, ...] | None = None
+    """Relations of which that share is taken, e.g. [employer]; None: of all. Mistakes of few relations come in
+    clusters, as those from one bad source do."""
     outside_share: float = Field(0.0, ge=0, lt=1)
     """Share of the candidate facts that are left out of the pool but for their evaluation question: only decoded
     questions can ask for them."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ka2l.errors import PoolError
 from ka2l.seeds import row_seed
 
 if TYPE_CHECKING:
@@ -272,7 +273,8 @@ def exposure_by_share(groups: Sequence[str], config: TestbedConfig) -> dict[str,
 
 
 def expose(facts: Sequence[Fact], config: TestbedConfig) -> list[Fact]:
-    """Sets how often each fact is shown, and keeps a wrong answer for ``config.wrong_share`` of the well known.
+    """Sets how often each fact is shown, and keeps a wrong answer for ``config.wrong_share`` of the well known
+    (of ``config.wrong_relations``).
 
     Partly known facts are shown ``config.partly_exposures`` times; the well known share what the background leaves.
     """
@@ -282,7 +284,18 @@ def expose(facts: Sequence[Fact], config: TestbedConfig) -> list[Fact]:
     well = [fact.fact for fact in facts if fact.exposure_group == "well"]
     num_rows = round(num_training_rows(config, len(facts)) * (1 - config.background_share))
     share = max((num_rows - sum(partly.values())) // max(len(well), 1), high)
-    may_be_wrong = [fact.fact for fact in facts if fact.exposure_group == "well" and fact.wrong_answer]
+    there = {fact.relation for fact in facts}
+    relations = set(config.wrong_relations or there)
+    if not relations <= there:
+        raise PoolError(
+            f"testbed.wrong_relations names {sorted(relations - there)}, which no fact has",
+            hint=f"Relations: {', '.join(sorted(there)[:20])}",
+        )
+    may_be_wrong = [
+        fact.fact
+        for fact in facts
+        if fact.exposure_group == "well" and fact.wrong_answer and fact.relation in relations
+    ]
     wrong = set(rng.sample(may_be_wrong, round(config.wrong_share * len(may_be_wrong))))
     counts = partly | dict.fromkeys(well, share)
     return [

@@ -215,7 +215,8 @@ def tune(
     Args:
         model_path: model directory or hub id.
         previous_adapter: adapter directory to go on from when ``config.start`` is ``previous``.
-        progress: called about every tenth step with {step, num_steps, loss (nats a token), learning_rate}.
+        progress: called about every tenth step with {step, num_steps, loss (nats a token), learning_rate,
+            seconds (since training began)}.
         chat: the prompts were rendered by a chat template, so they hold their special tokens already.
 
     Raises:
@@ -374,6 +375,10 @@ def _loss_watcher(progress: Callable[[dict[str, Any]], None] | None) -> Any:
     class LossWatcher(TrainerCallback):
         def __init__(self) -> None:
             self.losses: list[float] = []
+            self.began = time.monotonic()
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = time.monotonic()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
             if logs is None or "loss" not in logs:
@@ -389,7 +394,7 @@ def _loss_watcher(progress: Callable[[dict[str, Any]], None] | None) -> Any:
             if progress is not None and state.is_world_process_zero:
                 learning_rate = float(logs["learning_rate"])
                 report = {"step": state.global_step, "num_steps": state.max_steps, "loss": loss}
-                progress(report | {"learning_rate": learning_rate})
+                progress(report | {"learning_rate": learning_rate, "seconds": time.monotonic() - self.began})
 
     return LossWatcher()
 

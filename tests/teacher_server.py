@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.parser import BytesParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -52,7 +53,8 @@ class TeacherServer:
         gateway: a known Idempotency-Key gets the stored answer again and no second bill.
         content: what the teacher answers to (question, body).
         without_schema: ``response_format`` is refused with 400.
-        on_phase: called with (number, phase) where phase is ``received``, ``billed``, ``half_sent`` or ``sent``.
+        on_phase: called with (number, phase) where phase is ``received``, ``billed``, ``half_sent`` or ``sent`` of a
+            chat request, ``call_received`` or ``call_answered`` of a request to the Batch API, counted for themselves.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class TeacherServer:
         """Question -> fault of its row; ``expired`` and ``twice`` besides those above."""
         self.cut_batch_create = False
         self.batch_calls: Counter[str] = Counter()
+        self.num_calls = 0
+        """Requests to the Batch API, its files included."""
 
         handler = type("Handler", (_Handler,), {"teacher": self})
         self.http = _Server(("127.0.0.1", 0), handler)
@@ -217,7 +221,12 @@ class _Handler(BaseHTTPRequestHandler):
             finally:
                 with self.teacher.lock:
                     self.teacher.num_under_way -= 1
-        elif self.path == "/v1/files":
+        else:
+            with self.counted():
+                self.hand_in(content)
+
+    def hand_in(self, content: bytes) -> None:
+        if self.path == "/v1/files":
             head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
             parts = BytesParser().parsebytes(head + content).get_payload()
             file = next(part for part in parts if part.get_filename())  # type: ignore[union-attr]
@@ -235,6 +244,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer(batch)
 
     def do_GET(self) -> None:
+        with self.counted():
+            self.look_up()
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.teacher.lock:
+            self.teacher.num_calls += 1
+            number = self.teacher.num_calls
+        self.teacher.on_phase(number, "call_received")
+        yield
+        self.teacher.on_phase(number, "call_answered")
+
+    def look_up(self) -> None:
         path, _, _ = self.path.partition("?")
         batches = {batch["id"]: batch for batch in self.teacher.batches}
         if path == "/v1/batches":

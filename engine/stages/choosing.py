@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +16,15 @@ from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
+from ka2l.annotation import Annotator, AnnotatorConfig
 from ka2l.annotation_human import Task
+from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates
 from ka2l.selection import select as select_candidates
+from ka2l.teacher_reply import Usage
 
 
 def select(campaign: Campaign, round_index: int) -> None:
@@ -34,7 +39,7 @@ def select(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         # Whatever was asked before is not asked again, even where the annotator refused it.
         taken = {name for index in range(round_index) for name in asked_ids(campaign, index)}
-        table = known.table(["question_id", "split", "score", "p_unknown"])
+        table = known.table(["question_id", "split", "score", "p_unknown", "p_wrong"])
         table = table.filter(pc.equal(table["split"], "candidate"))
         rows = [row for row in table.to_pylist() if row["question_id"] not in taken]
         ids = [row["question_id"] for row in rows]
@@ -46,8 +51,13 @@ def select(campaign: Campaign, round_index: int) -> None:
             states=_chosen_states(campaign, extracted, round_index, ids)
             if config.selection.kind == "probe_diverse" or ":" in config.selection.kind
             else None,
+            p_wrong=None if any(row["p_wrong"] is None for row in rows) else np.array([row["p_wrong"] for row in rows]),
         )
-        wanted = config.selection.model_copy(update={"budget": min(budget, len(ids))})
+        # What the last round explores, no later round can use.
+        is_last = round_index == config.rounds - 1
+        wanted = config.selection.model_copy(
+            update={"budget": min(budget, len(ids))} | ({"explore": 0.0} if is_last else {})
+        )
         strategy = build.strategy(config.selection)
         chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""), strategy)
         columns = {
@@ -92,12 +102,16 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         context = annotation_context(campaign, round_index, text_of)
         annotator = build.annotator(campaign.config.annotator, context)
         ids = asked_ids(campaign, round_index)
-        size = min(annotator.batch_size, max(1, len(ids)))
+        size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
         refused: Counter[str] = Counter()
         stopped, num_not_asked = None, 0
-        with campaign.events.progress(stage.label, len(ids), "questions") as progress:
+        # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
+        close = getattr(annotator, "close", lambda: None)
+        with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
+            ended.enter_context(campaign.meter.hold(*_held(campaign.config.annotator)))
+            ended.callback(close)
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
@@ -105,9 +119,8 @@ def annotate(campaign: Campaign, round_index: int) -> None:
                     refusals = getattr(annotator, "refusals", {})
                     of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
                     refused.update(refusal.reason for refusal in of_batch)
-                    money = sum(row.cost for row in [*made, *of_batch])
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
-                    write_shard(stage.url, name, rows, {"annotations": float(len(made)), "money": float(money)})
+                    write_shard(stage.url, name, rows, _annotation_cost(annotator, [*made, *of_batch], len(made)))
                     campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
                     stopped = getattr(annotator, "stopped", None)
                 progress.advance(len(batch))
@@ -130,11 +143,45 @@ def annotate(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
+def _held(config: AnnotatorConfig) -> tuple[float, float]:
+    """CPUs and GPUs of the run that an annotator's workers hold."""
+    if config.kind != "local_teacher":
+        return 0.0, 0.0
+    engine = config.engine
+    return engine.replicas * engine.cpus_per_replica, engine.replicas * engine.gpus_per_replica
+
+
+def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
+    """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
+    cost = {"annotations": float(num_annotated)}
+    usage: Usage | None = getattr(annotator, "usage", None)
+    if usage is None:
+        return cost | {"money": float(sum(row.cost for row in answered))}
+    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
+    return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
+
+
+def _batch_size(stage: Stage, wanted: int) -> int:
+    """Questions a shard, as the stage was begun with: what a shard holds must not change on resume."""
+    begun = stage.run.read_bytes(f"{stage.path}/batches.json")
+    if begun is None:
+        stage.write_file("batches.json", json.dumps({"size": wanted}).encode())
+        return wanted
+    return int(json.loads(begun)["size"])
+
+
 def annotator_fields(campaign: Campaign) -> dict[str, Any]:
-    """What changes an annotator's answers: its config, and what its reference table holds, never where that lies."""
+    """What changes an annotator's answers: its config, and what its reference table or its model holds, never where
+    that lies."""
+    config = campaign.config.annotator
+    fields = config.result_fields()
     path = campaign.reference_table_path() if campaign.config.decoder.kind != "none" else None
-    table = content_identity(path) if path else None
-    return campaign.config.annotator.result_fields() | ({"reference_table": table} if table else {})
+    if path:
+        fields["reference_table"] = content_identity(path)
+    if config.kind == "local_teacher":
+        assert config.teacher is not None
+        fields["teacher"]["model"] = model_name(config.teacher.model)
+    return fields
 
 
 def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> build.AnnotationContext:
@@ -161,6 +208,9 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
         make_tasks,
         config.equivalence,
         config.budget.money,
+        config.seed,
+        campaign.log_path(campaign.stage("annotate", round_index)),
+        config.ray.release_timeout_s,
     )
 
 

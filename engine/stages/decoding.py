@@ -124,16 +124,17 @@ def _decode(
     config = campaign.config.decoder
     wait_until_free(config.cpus_per_worker, config.gpus_per_worker, campaign.config.ray.release_timeout_s)
     sampled = np.array([variant.kind == "sampled" for variant in variants], dtype=bool)
-    return decode_states(
-        folder=campaign.decoder_dir(fitted_round),
-        model_path=campaign.model.path,
-        states=np.stack([variant.state for variant in variants]),
-        sampled=sampled,
-        config=config,
-        seed=seed,
-        trust_remote_code=campaign.model.trust_remote_code,
-        log_path=log,
-    )
+    with campaign.meter.hold(config.cpus_per_worker, config.gpus_per_worker):
+        return decode_states(
+            folder=campaign.decoder_dir(fitted_round),
+            model_path=campaign.model.path,
+            states=np.stack([variant.state for variant in variants]),
+            sampled=sampled,
+            config=config,
+            seed=seed,
+            trust_remote_code=campaign.model.trust_remote_code,
+            log_path=log,
+        )
 
 
 def _gate_drafts(
@@ -197,9 +198,11 @@ def _states(
     """States of some texts under this round's model state; texts that cannot be forwarded are left out."""
     config = campaign.config
     extraction = one_layer(config.extraction, layer)
-    wait_until_free(extraction.cpus_per_replica, extraction.gpus_per_replica, config.ray.release_timeout_s)
+    cpus, gpus = extraction.cpus_per_replica, extraction.gpus_per_replica
+    wait_until_free(cpus, gpus, config.ray.release_timeout_s)
     make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
-    return extract_states(make, texts, cpus=extraction.cpus_per_replica, gpus=extraction.gpus_per_replica, log_path=log)
+    with campaign.meter.hold(cpus, gpus):
+        return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
 
 
 def shard_states_of(table: pa.Table) -> np.ndarray:

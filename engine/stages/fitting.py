@@ -128,6 +128,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         with (
             campaign.run.scratch() as scratch,
             campaign.events.progress(stage.label, 1, "steps") as progress,
+            campaign.meter.hold(config.decoder.cpus_per_worker, gpus),
         ):
 
             def on_progress(report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.stages.judging import count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     annotated_ids,
     by_id,
@@ -27,7 +28,8 @@ from engine.stages.tables import (
     shard_states,
     states_of,
 )
-from ka2l.evidence import combine, doubt
+from ka2l.correctness import QUADRANTS
+from ka2l.evidence import combine
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe
@@ -123,7 +125,11 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             cpus=1.0,
             gpus=0.0,
         )
-        return {"num_sampled": num_rows(stage), "num_annotated": len(revealed)}, {}
+        return {
+            "num_sampled": num_rows(stage),
+            "num_annotated": len(revealed),
+            "revealed": count_revealed(stage),
+        }, {}
 
     commit_stage(
         campaign, "feedback", round_index, config=config.result_fields(),
@@ -132,7 +138,8 @@ def feedback(campaign: Campaign, round_index: int) -> None:
 
 
 def knowledge(campaign: Campaign, round_index: int) -> None:
-    """The knowledge map: P(unknown) of every question now, and the evidence over all states so far."""
+    """The knowledge map: P(unknown) of every question now, the evidence over all states so far, and where annotation
+    says that the base model is wrong."""
     questions = campaign.stage("questions")
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
     base = campaign.stage("extract", 0)
@@ -143,6 +150,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         fitted = load_stage_probe(campaign, probed)
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
+        second = second_axis(campaign, graded[0], round_index) if graded else None
         for name in extracted.shard_names():
             table = read_shard(extracted.url, name)
             ids = table["question_id"].to_pylist()
@@ -157,14 +165,17 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 score = combine(
                     np.array([then.get(question_id, 0.0) for question_id in ids]),
                     [*later, logits],
-                    _own_doubt(by_id(sampled, "semantic_ids"), ids),
+                    own_doubts(by_id(sampled, "semantic_ids"), ids),
                 )
             else:
                 score = combine(logits)
             components = fitted.pca(states)
+            judged = second(name) if second else {}
             columns = {
                 "question_id": table["question_id"],
                 "split": table["split"],
+                "p_wrong": [judged[question_id].p_wrong if question_id in judged else None for question_id in ids],
+                "quadrant": [judged[question_id].quadrant if question_id in judged else None for question_id in ids],
                 "p_unknown": fitted.predict(states),
                 "logit": logits,
                 "score": score,
@@ -184,11 +195,6 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
 def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:
     found = by_id(table, "logit")
     return np.array([found.get(question_id, 0.0) for question_id in ids])
-
-
-def _own_doubt(semantic_ids: Mapping[str, Sequence[int]], ids: Sequence[str]) -> np.ndarray:
-    counts = [np.bincount(semantic_ids[name]) if name in semantic_ids else np.zeros(1, int) for name in ids]
-    return doubt(np.array([count.max() for count in counts]), np.array([count.sum() for count in counts]))
 
 
 def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) -> Probe:
@@ -228,7 +234,10 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     """
     names = sorted(stage.finished_shards())
     table = pa.concat_tables(
-        [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown"]) for name in names]
+        [
+            read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown", "p_wrong", "quadrant"])
+            for name in names
+        ]
     )
     scored = table.filter(pc.equal(table["split"], "eval"))
     candidates = table.filter(pc.equal(table["split"], "candidate"))
@@ -253,4 +262,9 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
             np.array(wrong), np.array(scores), row_seed(campaign.config.seed, round_index, "auroc", "")
         )
         metrics |= {"auroc_wrong": estimate.value, "auroc_wrong_ci": [estimate.low, estimate.high]}
+    if round_index and candidates.num_rows and not candidates["quadrant"].null_count:
+        left = candidates.filter(
+            pc.invert(pc.is_in(candidates["question_id"], pa.array(annotated_ids(campaign, round_index), pa.string())))
+        )
+        metrics["quadrants"] = {name: left["quadrant"].to_pylist().count(name) for name in QUADRANTS}
     return metrics

@@ -79,7 +79,8 @@ def _train(
     campaign: Campaign, stage: Stage, prompter: Prompter, scratch: Path, output: Path, round_index: int
 ) -> dict[str, Any]:
     config = campaign.config
-    with campaign.events.progress(stage.label, 1, "steps") as progress:
+    cpus, gpus = (config.tuning.workers * n for n in (config.tuning.cpus_per_worker, config.tuning.gpus_per_worker))
+    with campaign.events.progress(stage.label, 1, "steps") as progress, campaign.meter.hold(cpus, gpus):
 
         def on_progress(report: dict[str, Any]) -> None:
             if "step" in report:
@@ -121,6 +122,7 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
         "chat": prompter.is_chat,
     }
     wait_until_free(config.tuning.cpus_per_worker, gpus, config.ray.release_timeout_s)
-    result = run_canary(arguments, cpus=config.tuning.cpus_per_worker, gpus=gpus, log_path=log)
+    with campaign.meter.hold(config.tuning.cpus_per_worker, gpus):
+        result = run_canary(arguments, cpus=config.tuning.cpus_per_worker, gpus=gpus, log_path=log)
     check_canary(result)
     return result

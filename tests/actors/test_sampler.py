@@ -390,7 +390,7 @@ def test_the_host_samples_seeds_answers_eval_greedily_and_counts_what_was_reject
     ]
     assert [request.temperature for request in requests] == [1.0, 0.0, 1.0]
     assert stats.pop("generate_seconds") >= 0
-    assert stats == {"tokens_prompt": 13.0, "tokens_generated": 8.0, "num_rejected": 3.0}
+    assert stats == {"tokens_prompt": 13.0, "forward_passes": 2.0, "tokens_generated": 8.0, "num_rejected": 3.0}
     assert set(table.filter(pa.compute.equal(table["question_id"], "l"))["finish_reason"].to_pylist()) == {"rejected"}
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,7 +77,7 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
         "sampler": {"kind": "transformers", "num_samples": 4, "temperature": 0.15, "max_tokens": 4},
         "extraction": {"batch_size": 32},
         "probe": {"kind": "linear", "num_epochs": 10, "num_bootstrap": 50},
-        "selection": {"budget": 12},
+        "selection": {"kind": "two_axis", "budget": 12, "explore": 0.25},
         "tuning": {"max_steps": 4, "batch_size": 16, "learning_rate": 0.01, "num_rehearsal_samples": 2},
         "ray": {"address": "local", "num_cpus": 2},
     }
@@ -83,27 +87,44 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def ka2l() -> Command:
+def command_server() -> Iterator[Path]:
+    """Socket of a process that has imported everything and forks one for each command."""
+    with tempfile.TemporaryDirectory(prefix="ka2l-test-") as folder:  # a socket's path must be short
+        address = Path(folder) / "commands"
+        command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "--serve", str(address)]
+        # Ray reads this when it is imported. Where nothing is said, the first Ray that is started here sets it.
+        environment = {"RAY_AUTH_MODE": "token"} | os.environ
+        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True) as process:
+            try:
+                while not address.exists():
+                    assert process.poll() is None, "the server of commands has ended"
+                    time.sleep(0.05)
+                yield address
+            finally:
+                process.kill()
+
+
+@pytest.fixture(scope="session")
+def ka2l(command_server: Path) -> Command:
     """Runs a `ka2l` command as the user would, optionally to be killed at a chosen point."""
 
     def run(*words: object, kill: dict[str, Any] | None = None, log: Path | None = None, timeout: float = 400) -> Ended:
         environment = os.environ | {"KA2L_TEST_KILL": json.dumps(kill), "KA2L_TEST_LOG": str(log or "")}
-        command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), *map(str, words)]
-        with subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # so that what it leaves behind can be found
-        ) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=timeout)
-            except BaseException:
-                process.kill()
-                raise
-        return Ended(process.returncode, stdout, stderr, process.pid)
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
+            said = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
+            connection.settimeout(timeout)
+            connection.connect(str(command_server))
+            request = {"words": [str(word) for word in words], "environment": dict(environment)} | said
+            connection.sendall((json.dumps(request) + "\n").encode())
+            with connection.makefile("r") as answers:
+                pid = int(answers.readline())
+                try:
+                    returncode = int(answers.readline())
+                except BaseException:
+                    os.kill(pid, signal.SIGKILL)
+                    raise
+            stdout, stderr = (Path(path).read_text() for path in said.values())
+        return Ended(returncode, stdout, stderr, pid)
 
     return run
 

@@ -4,14 +4,23 @@
 the count-th such event is written; keys left out match anything), or the event ``before_commit`` with ``stage`` and
 ``round`` (it dies when all files of the stage are there and the manifest is not). ``KA2L_TEST_LOG`` names a file that
 takes the ids of the questions that the annotator is asked.
+
+``kill_driver.py --serve SOCKET`` waits for commands instead and forks a process for each: they save the imports, which
+are most of what a short command takes.
 """
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
 import os
 import signal
+import socket
+import sys
+import threading
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,5 +95,58 @@ def main() -> None:
     engine.cli.main()
 
 
+def run_forked(request: dict[str, Any]) -> None:
+    """Become the process of one command: in a session of its own, with its own environment and files. Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.argv = [__file__, *request["words"]]
+        main()
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def answer(connection: socket.socket, pid: int) -> None:
+    """Say which process it is, and how it ended."""
+    with connection:
+        connection.sendall(f"{pid}\n".encode())
+        _, status = os.waitpid(pid, 0)
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def serve(path: str) -> None:
+    """Fork a process for each command that comes over the socket."""
+    for module in ("torch", "transformers", "sklearn.linear_model", "ray.data", "ray.train.torch", "engine.loop"):
+        importlib.import_module(module)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        while True:
+            connection, _ = listener.accept()
+            request = json.loads(connection.makefile("r").readline())
+            pid = os.fork()
+            if pid == 0:
+                listener.close()
+                run_forked(request)
+            threading.Thread(target=answer, args=(connection, pid), daemon=True).start()
+
+
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2])
+    else:
+        main()

@@ -19,6 +19,7 @@ from engine.artifacts import RunDirectory
 from engine.events import read_events
 from engine.ledger import ROUND_STAGES, committed_stages
 from ka2l import records
+from ka2l.correctness import QUADRANTS
 from ka2l.pool import normalise_question
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,7 @@ def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
         *((name, 1) for name in stages),
         ("observe", 2),
         ("cluster", 2),
+        ("feedback", 2),  # what the last annotations have shown
     ]
 
 
@@ -118,10 +120,49 @@ def test_only_what_was_selected_is_annotated_and_nothing_twice(run: RunDirectory
     assert revealed["round"].to_pylist() == [0] * 12 + [1] * 12
 
 
+def test_the_ledger_adds_up_to_what_the_stages_took(run: RunDirectory) -> None:
+    ledger = pq.read_table(f"{run.path}/ledger.parquet")
+    assert ledger.schema.equals(records.LEDGER)
+
+    def booked(item: str) -> float:
+        return float(pc.sum(ledger.filter(pc.equal(ledger["item"], item))["quantity"]).as_py())
+
+    summary = json.loads(run.read_text("summary.json") or "")
+    assert booked("seconds") == pytest.approx(summary["total_seconds"])
+    assert booked("annotations") == 24
+    manifests = [stage.require() for stage in committed_stages(run)]
+    for item in ("cpu_seconds", "gpu_seconds", "tokens_prompt", "tokens_generated", "forward_passes"):
+        assert booked(item) == pytest.approx(sum(manifest.cost.get(item, 0.0) for manifest in manifests)), item
+    for manifest in manifests:  # every worker of this campaign holds one CPU, as the driver does
+        assert manifest.cost["cpu_seconds"] == pytest.approx(manifest.seconds), manifest.stage
+        assert manifest.cost["gpu_seconds"] == 0
+    asked = [manifest.cost["forward_passes"] for manifest in manifests if manifest.stage == "observe"]
+    assert asked == [108, 48, 48]
+
+
 def test_only_eval_answers_are_graded(run: RunDirectory) -> None:
     for index in range(3):
         for row in run.stage("cluster", index).table().to_pylist():
             assert (row["correct"] is not None) == (row["purpose"] == "eval")
+
+
+def test_from_the_first_annotations_on_knowledge_has_a_second_axis(run: RunDirectory) -> None:
+    first, second = (run.stage("knowledge", index).table() for index in range(2))
+    assert first["p_wrong"].null_count == first["quadrant"].null_count == first.num_rows
+    assert second["p_wrong"].null_count == 0
+    assert all(0 <= value <= 1 for value in second["p_wrong"].to_pylist())
+    assert set(second["quadrant"].to_pylist()) <= set(QUADRANTS)
+    left = run.stage("knowledge", 1).require().metrics["quadrants"]
+    assert sum(left.values()) == 60 - 12
+    revealed = [run.stage("feedback", index).require().metrics["revealed"] for index in (1, 2)]
+    assert [sum(counts.values()) for counts in revealed] == [12, 24]
+    assert revealed[1]["known"] == revealed[1]["lucky"] == 0  # random weights answer nothing right
+    summary = json.loads((Path(run.path) / "summary.json").read_text())
+    assert [row["quadrants"] for row in summary["rounds"]] == [
+        None,
+        {"revealed": revealed[0], "left": left},
+        {"revealed": revealed[1], "left": None},
+    ]
 
 
 def test_each_round_asks_another_model_state(run: RunDirectory) -> None:
@@ -245,7 +286,7 @@ def test_a_stage_and_all_after_it_can_be_made_again(copy: Path, ka2l: Any, on_cl
     after = committed(copy)
     assert after.keys() == before.keys()
     changed = {name for name in before if after[name] != before[name]}
-    remade = {"round-001/tune", "round-002/observe", "round-002/cluster"}
+    remade = {"round-001/tune", "round-002/observe", "round-002/cluster", "round-002/feedback"}
     assert {name.removesuffix("/manifest.json") for name in changed if name.endswith(".json")} >= remade
     assert {"/".join(name.split("/")[:2]) for name in changed} == remade
     for stage in ("observe", "cluster"):

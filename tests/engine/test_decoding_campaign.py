@@ -27,7 +27,8 @@ class Decoded(NamedTuple):
 
 @pytest.fixture(scope="module")
 def decoded(finished: Any, ka2l: Any, on_cluster: list[str], tmp_path_factory: pytest.TempPathFactory) -> Decoded:
-    """One round of the mini campaign with a decoder, after what it has in common with the one without.
+    """The mini campaign with a decoder up to its second round's questions, after what it has in common with the one
+    without.
 
     The pool asks about 27 things; corpus and table ask about 90.
     """
@@ -49,15 +50,15 @@ def decoded(finished: Any, ka2l: Any, on_cluster: list[str], tmp_path_factory: p
         "num_epochs": 15,
         "batch_size": 64,
         "max_tokens": 32,
+        "min_cosine": 1.0,  # any tuning moves the states further than that
     }
     values = {
-        "rounds": 1,
         "extraction.position": "last_and_mean",
         "decoder": decoder,
         "annotator.reference_table": str(table),
     }
     options = [word for key, value in values.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    kill = {"event": "stage_committed", "stage": "annotate", "round": 0}
+    kill = {"event": "stage_committed", "stage": "decode", "round": 1}
     ended = ka2l("resume", run_dir, *options, *on_cluster, kill=kill)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert ka2l("report", run_dir).returncode == 0
@@ -70,8 +71,8 @@ def keep_out(source: Path, target: Path, *stages: str) -> None:
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(*stages, *later))
 
 
-def rows(run_dir: Path, stage: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = RunDirectory(run_dir).stage(stage, 0).table(columns).to_pylist()
+def rows(run_dir: Path, stage: str, index: int = 0) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = RunDirectory(run_dir).stage(stage, index).table().to_pylist()
     return found
 
 
@@ -121,6 +122,26 @@ def test_the_decoder_never_saw_an_eval_or_seed_question(decoded: Decoded) -> Non
     assert metrics["num_pairs"] == 250 + splits.count("candidate")
     assert metrics["num_held_out"] == splits.count("seed")
     assert 0 <= metrics["exact_match"] <= metrics["token_f1"] <= 1
+
+
+def test_a_decoder_is_fitted_again_from_where_it_was_when_tuning_has_moved_the_states(decoded: Decoded) -> None:
+    run = RunDirectory(decoded.run_dir)
+    first, second = (run.stage("decoder", index).require() for index in range(2))
+    assert [first.metrics["fitted_round"], second.metrics["fitted_round"]] == [0, 1]
+    assert second.metrics["mean_cosine"] < 1
+    assert {"round-000/decoder", "round-001/corpus_states"} <= second.inputs.keys()
+    assert second.metrics["num_steps"] < first.metrics["num_steps"]
+    assert second.metrics["token_f1"] > 0
+
+
+def test_no_question_is_decoded_into_two_rounds(decoded: Decoded) -> None:
+    kept = [
+        row["question_id"]
+        for index in range(2)
+        for row in rows(decoded.run_dir, "decode", index)
+        if row["gate"] == "kept"
+    ]
+    assert len(set(kept)) == len(kept) > 0
 
 
 def test_report_and_summary_show_gates_and_parents(decoded: Decoded) -> None:

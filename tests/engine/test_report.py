@@ -154,10 +154,29 @@ def _without_scripts(page: str) -> str:
 
 def test_page_shows_the_three_numbers_that_matter() -> None:
     page = html.unescape(render(synthetic())).replace("\N{NO-BREAK SPACE}", " ")
-    values = [re.sub("<.*?>", "", value) for value in re.findall(r'<div class="value">(.*?)</div>', page)]
+    values = [re.sub("<.*?>", "", value) for value in re.findall(r'<div class="value">(.*?)</div>', page)[:3]]
     assert values == ["84.6 %", "450 of 1,200", "0.890"]
     assert "from 40.2 % to 84.6 %" in re.sub(r"\s+", " ", page)
     assert "+44.4 points" in page
+
+
+def test_page_and_summary_cross_both_axes_once_annotations_have_shown_them() -> None:
+    data = synthetic()
+    assert 'id="quadrants"' not in render(data)
+    revealed = {"known": 13, "unknown": 220, "confidently_wrong": 7, "lucky": 10}
+    left = {"known": 789, "unknown": 267, "confidently_wrong": 194, "lucky": 0}
+    data.rounds[1].stages["feedback"] = StageReport({"revealed": revealed})
+    data.rounds[1].stages["knowledge"] = StageReport({"quadrants": left})
+    section = re.search(r'<section id="quadrants">.*?</section>', render(data), re.DOTALL)
+    assert section is not None
+    cells = re.findall(r'<td class="n">(\S+?)</td>', section[0])
+    assert cells == [str(value) for value in (1, *revealed.values(), *left.values())]
+    assert [row["quadrants"] for row in summary(data)["rounds"]] == [
+        None,
+        {"revealed": revealed, "left": left},
+        None,
+        None,
+    ]
 
 
 def test_every_chart_is_there_with_plotly_inlined_once() -> None:
@@ -266,6 +285,8 @@ def test_summary_is_json_and_its_rounds_are_the_learning_curve() -> None:
         "money": 3.0,
         "tokens_generated": 61_000,
         "seconds": pytest.approx(111.6),
+        "cpu_seconds": 0.0,
+        "gpu_seconds": 0.0,
     }
     assert last["forgetting"] == pytest.approx(18 / 201)
     assert last["probe"]["auroc"] is None
@@ -305,11 +326,11 @@ def _browse(page: Path, profile: Path) -> tuple[str, list[str]]:
 
 def test_a_browser_draws_every_chart_without_a_console_message(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    page.write_text(render(synthetic()), encoding="utf-8")
+    page.write_text(render(replace(synthetic(), baselines=[synthetic()])), encoding="utf-8")
     built, messages = _browse(page, tmp_path / "profile")
     assert messages == []
     drawn = {key: body for key, body in re.findall(r'id="chart-(\w+)">(.*?)</figure>', built, re.DOTALL)}
-    assert tuple(drawn) == CHARTS
+    assert drawn.keys() == {*CHARTS, "net_annotations", "net_money"}
     assert all('class="main-svg"' in body for body in drawn.values())
 
 

@@ -48,6 +48,7 @@ ENDS: list[dict[str, Any]] = [
     *({"event": "stage_committed", "stage": name, "round": 1} for name in ROUND_STAGES if name not in DECODER),
     {"event": "stage_committed", "stage": "observe", "round": 2},
     {"event": "stage_committed", "stage": "cluster", "round": 2},
+    {"event": "stage_committed", "stage": "feedback", "round": 2},
 ]
 #: Stages that go on with their whole shards; all others are made in one go.
 BY_SHARD = ("observe", "cluster", "extract", "feedback", "annotate")
@@ -140,6 +141,11 @@ def check_partial(run_dir: Path, kill: dict[str, Any]) -> None:
         assert stage.manifest() is not None
         return
     assert stage.manifest() is None
+    if kill["event"] == "before_commit":
+        plan = stage.plan()
+        assert plan is not None
+        assert plan["spent"]["seconds"] > 0
+        assert plan["spent"]["cpu_seconds"] == pytest.approx(plan["spent"]["seconds"])
     if kill["event"] == "shard_written":
         whole = [path for path in Path(stage.path).glob("part-*")]
         assert 0 < len(whole) < (3 if stage.name == "annotate" else 6)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine.artifacts import RunDirectory
+from engine.ledger import ledger_table
 
 pytestmark = pytest.mark.slow
 TEACHER = {
@@ -29,6 +30,15 @@ def options(server: Any, **more: Any) -> list[str]:
 def annotations(run_dir: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = RunDirectory(run_dir).stage("annotate", 0).table().to_pylist()
     return rows
+
+
+def booked(run_dir: Path) -> dict[str, float]:
+    """What the ledger says of the teacher, whose every reply reads 20 tokens and writes 10, at 1 each of these."""
+    found: dict[str, float] = {}
+    for row in ledger_table(RunDirectory(run_dir)).to_pylist():
+        if row["annotator"] == "teacher-1" and row["item"] in ("money", "tokens_prompt", "tokens_generated"):
+            found[row["item"]] = found.get(row["item"], 0.0) + row["quantity"]
+    return found
 
 
 def test_a_teacher_annotates_what_was_selected_each_answer_is_paid_once_and_refusals_are_counted(
@@ -54,7 +64,8 @@ def test_a_teacher_annotates_what_was_selected_each_answer_is_paid_once_and_refu
     assert manifest.metrics["refused"] == {"the teacher abstained": num_refused}
     assert len(server.billed) == 12
     assert set(server.billed.values()) == {1}
-    assert manifest.cost["money"] >= sum(row["cost"] for row in rows) > 0
+    assert booked(selected) == {"money": 120.0, "tokens_prompt": 240.0, "tokens_generated": 120.0}
+    assert manifest.cost["money"] == 120.0 > sum(row["cost"] for row in rows) > 0
 
 
 def test_a_cap_of_half_the_money_ends_the_run_within_it_and_says_so(
@@ -67,8 +78,7 @@ def test_a_cap_of_half_the_money_ends_the_run_within_it_and_says_so(
     summary = json.loads((selected / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert f"The budget of {cap:g} for annotation is used up" in summary["reason"]
-    spent = sum(row["cost"] for row in annotations(selected))
-    assert 0 < spent <= cap
+    assert 0 < booked(selected)["money"] == 10 * len(server.billed) <= cap
     assert 0 < summary["num_annotated"] < 12
     metrics = RunDirectory(selected).stage("annotate", 0).require().metrics
     assert metrics["num_not_asked"] == 12 - summary["num_annotated"]

@@ -1,9 +1,10 @@
 """Annotates questions in processes that may be killed at any moment: ``python teacher_kill_driver.py JOB.json``.
 
 For every line on its input it forks a worker and writes the worker's process id, then its exit status. Imports happen
-once, before the first fork, so a worker lives for milliseconds. JOB.json holds ``config``, ``questions`` and
-``journal``; a worker that reaches the end writes its annotations to ``out``. A line ``torn N`` makes the worker die
-half way through writing the N-th record of its own to the journal; any other line starts a plain worker.
+once, before the first fork, so a worker lives for milliseconds. JOB.json holds ``config``, ``questions``, ``journal``
+and ``batch`` (whether to go through the Batch API); a worker that reaches the end writes its annotations to ``out``. A
+line ``torn N`` makes the worker die half way through writing the N-th record of its own to the journal; any other line
+starts a plain worker.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import openai.resources.batches
 import openai.resources.chat.completions
+import openai.resources.files
 import openai.types.chat  # noqa: F401 - loaded here rather than in every worker
 
 from engine.journal import FileJournal
 from ka2l.annotation_teacher import TeacherAnnotator
 from ka2l.equivalence import LexicalEquivalence
 from ka2l.teacher import Teacher
+from ka2l.teacher_batch import collect_batch
 from ka2l.teacher_config import TeacherConfig
 
 
@@ -45,8 +50,8 @@ def tear_put(number: int) -> None:
 def work(job: dict[str, Any]) -> None:
     config = TeacherConfig.model_validate(job["config"])
     journal = FileJournal(job["journal"])
-    teacher = Teacher(config, "", journal)
-    annotator = TeacherAnnotator(config, teacher.ask, LexicalEquivalence())
+    ask = partial(collect_batch, config, "", journal) if job["batch"] else Teacher(config, "", journal).ask
+    annotator = TeacherAnnotator(config, ask, LexicalEquivalence())
     made = annotator.annotate(job["questions"])
     rows = [row._asdict() | {"annotated_at": row.annotated_at.isoformat()} for row in made]
     Path(job["out"]).write_text(json.dumps({"rows": rows, "refusals": annotator.refusals}))

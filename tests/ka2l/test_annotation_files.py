@@ -15,15 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ka2l.annotation_cells import guard_cell, join_answers, split_answers, unguard_cell
 from ka2l.annotation_files import (
     COLUMNS,
     LABEL_STUDIO_CONFIG,
-    guard_cell,
-    join_answers,
     read_answers,
     read_tasks,
-    split_answers,
-    unguard_cell,
     write_tasks,
 )
 from ka2l.annotation_human import Task

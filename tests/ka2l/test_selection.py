@@ -23,6 +23,7 @@ def make_candidates(num_candidates: int = 60, seed: int = 0, ties: bool = False)
         p_unknown=1 / (1 + np.exp(-score)),
         entropy=rng.integers(0, 4, size=num_candidates) / 2 if ties else rng.random(num_candidates),
         states=rng.normal(size=(num_candidates, 8)),
+        p_wrong=rng.integers(0, 4, size=num_candidates) / 4 if ties else rng.random(num_candidates),
     )
 
 
@@ -141,6 +142,36 @@ def test_diverse_with_a_factor_of_one_is_the_plain_top_in_another_order() -> Non
 def test_diverse_copes_with_equal_states() -> None:
     candidates = make_candidates()._replace(states=np.ones((60, 8)))
     assert len(set(pick(candidates, "probe_diverse", budget=30).indices.tolist())) == 30
+
+
+def test_two_axis_takes_what_is_most_likely_wrong_however_sure_the_model_is() -> None:
+    candidates = make_candidates()
+    selected = pick(candidates, "two_axis", 10, explore=0)
+    assert candidates.p_wrong is not None
+    assert selected.indices.tolist() == np.argsort(-candidates.p_wrong)[:10].tolist()
+    np.testing.assert_array_equal(selected.scores, np.sort(candidates.p_wrong)[::-1][:10])
+
+
+def test_two_axis_starts_with_the_evidence_for_unknown_where_nothing_is_annotated_yet() -> None:
+    candidates = make_candidates()._replace(p_wrong=None)
+    np.testing.assert_array_equal(
+        pick(candidates, "two_axis", 10, explore=0).indices, pick(candidates, "probe", 10).indices
+    )
+
+
+def test_two_axis_explores_a_share_of_what_looks_known_spread_over_the_ranks() -> None:
+    score = np.concatenate([np.full(100, 5.0), np.full(100, -5.0), np.full(100, 2.0)])
+    p_wrong = np.concatenate([np.full(100, 0.9), np.full(200, 0.1)])
+    candidates = make_candidates(300)._replace(score=score, p_wrong=p_wrong)
+    known = np.zeros(300, dtype=bool)
+    known[100:200] = True
+    seen = set()
+    for seed in range(5):
+        chosen = pick(candidates, "two_axis", 50, seed=seed, explore=0.2).indices
+        assert known[chosen].sum() + (score[chosen] == 2.0).sum() == 10
+        assert all(np.isin(part, np.flatnonzero(p_wrong < 0.5)).sum() == 2 for part in chosen.reshape(5, 10))
+        seen.update(chosen[known[chosen]].tolist())
+    assert len(seen) > 30  # of 50 drawn: mostly known ones, and others each time
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,7 +25,8 @@ from ka2l.prompts import teacher_messages
 from ka2l.teacher import Teacher
 from ka2l.teacher_config import Prices, TeacherConfig
 from ka2l.teacher_limits import MoneyCap, RateLimit, backoff, retry_after
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherRun, cost_bound, request_body, request_key
+from ka2l.teacher_reply import TeacherRun, Usage
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt, cost_bound, request_body, request_key
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Servers = Callable[..., Any]
@@ -135,6 +136,21 @@ def test_prompts_of_the_same_text_are_paid_once(teacher_server: Servers) -> None
     run = Teacher(configured(server, concurrency=4), "", Memory()).ask({"a": prompt, "b": prompt})
     assert server.num_requests == 1
     assert run.results["a"].usable == run.results["b"].usable != []
+    assert (run.results["a"].cost, run.results["b"].cost) == (pytest.approx(COST), 0)
+    assert run.usage == Usage(20, 10, pytest.approx(COST))
+
+
+def test_a_text_that_another_prompt_has_paid_for_costs_nothing_in_a_later_run_either(teacher_server: Servers) -> None:
+    server, journal = teacher_server(), Memory()
+    prompt = prompts(1)["q0"]
+    runs = [
+        Teacher(configured(server), "", journal).ask(asked)
+        for asked in ({"a": prompt}, {"b": prompt}, {"b": prompt, "a": prompt})
+    ]
+    assert [run.usage.num_prompt_tokens for run in runs] == [20, 0, 20]
+    costs = [{name: result.cost for name, result in run.results.items()} for run in runs]
+    assert costs == [{"a": pytest.approx(COST)}, {"b": 0}, {"b": 0, "a": pytest.approx(COST)}]
+    assert server.num_requests == 1
 
 
 # --- the journal -----------------------------------------------------------------------------------------------------
@@ -246,11 +262,50 @@ def test_a_prompt_that_always_fails_is_refused_and_the_others_go_on(teacher_serv
 
 
 def test_an_endpoint_that_answers_nobody_is_an_error_and_refuses_nothing(teacher_server: Servers) -> None:
-    server, journal = teacher_server(lambda number, body: "503" if number > 2 else None), Memory()
+    server, journal = teacher_server(lambda number, body: "503" if 2 < number <= 23 else None), Memory()
+    for num_requests in (2 + 3 * 3, 11 + 4 * 3):  # the second time, one more than those that failed before
+        with pytest.raises(EngineError, match="gives no answers"):
+            ask(server, 20, journal)
+        assert server.num_requests == num_requests
+    assert not any(result.refusal for result in ask(server, 20, journal).results.values())
+    assert server.billed.total() == 20
+
+
+@pytest.mark.parametrize("fault", ["500", "cut_before"])
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_a_prompt_that_fails_alone_ends_one_run_and_is_refused_by_the_next(
+    teacher_server: Servers, fault: str, num_samples: int
+) -> None:
+    server, journal = teacher_server(lambda number, body: fault), Memory()
+    fields = {"num_samples": num_samples, "temperature": 1.0, "max_retries": 1}
     with pytest.raises(EngineError, match="gives no answers"):
-        ask(server, 20, journal)
-    assert server.num_requests == 2 + 3 * 3
-    assert len(journal) == 2
+        ask(server, 1, journal, **fields)
+    run = ask(server, 1, journal, **fields)
+    assert "no answer after 2 tries" in str(run.results["q0"].refusal)
+
+
+def test_a_prompt_that_was_given_up_and_refused_does_not_end_the_run_that_asks_it_again(
+    teacher_server: Servers,
+) -> None:
+    server, journal = teacher_server(lambda number, body: "500" if "What is 1?" in str(body) else None), Memory()
+    first = ask(server, 3, journal)
+    again = ask(server, 3, journal)
+    assert again.results["q1"].refusal == first.results["q1"].refusal
+    assert again.num_requests == 3
+    # Not for ever: the endpoint may be mended.
+    server.fault_of = lambda number, body: None
+    assert ask(server, 3, journal).results["q1"].refusal is None
+
+
+def test_a_prompt_that_failed_before_is_not_refused_while_the_endpoint_is_away(teacher_server: Servers) -> None:
+    server, journal = teacher_server(lambda number, body: "500"), Memory()
+    with pytest.raises(EngineError):
+        ask(server, 1, journal)
+    with pytest.raises(EngineError, match="gives no answers"):
+        ask(server, 1, journal, base_url="http://127.0.0.1:9/v1")
+    server.fault_of = lambda number, body: "429"
+    with pytest.raises(EngineError, match="gives no answers"):
+        ask(server, 1, journal)
 
 
 def test_no_server_at_all_is_an_error() -> None:
@@ -292,10 +347,37 @@ def test_what_no_retry_can_mend_stops_at_once_and_says_what_to_do(
 
 
 def test_a_request_that_the_endpoint_refuses_is_refused_without_a_retry(teacher_server: Servers) -> None:
-    run = ask(teacher_server({1: "400"}), 2)
+    server, journal = teacher_server({1: "400"}), Memory()
+    run = ask(server, 2, journal)
     assert run.num_requests == 2
     assert "prompt too long" in str(run.results["q0"].refusal)
+    assert (run.results["q0"].num_tries, run.results["q0"].cost) == (1, 0)
     assert run.results["q1"].refusal is None
+    # Nor when the run goes on in another process.
+    assert ask(server, 2, journal) == run._replace(num_requests=0)
+
+
+def test_a_lone_refused_prompt_is_not_asked_again_either(teacher_server: Servers) -> None:
+    server, journal = teacher_server(lambda number, body: "400"), Memory()
+    run = ask(server, 1, journal)
+    assert "prompt too long" in str(run.results["q0"].refusal)
+    assert ask(server, 1, journal) == run._replace(num_requests=0)
+
+
+def test_an_endpoint_that_refuses_everything_is_an_error_and_what_it_refused_is_asked_again(
+    teacher_server: Servers,
+) -> None:
+    server, journal = teacher_server(lambda number, body: "400" if number <= 4 else None), Memory()
+    with pytest.raises(ConfigError, match=r"refused all 4 prompts; .*prompt too long"):
+        ask(server, 4, journal)
+    assert not journal
+    assert not any(result.refusal for result in ask(server, 4, journal).results.values())
+    # Once it has answered somebody, refusals are believed, however many.
+    server.fault_of = lambda number, body: "400"
+    teacher = Teacher(configured(server), "", journal)
+    teacher.ask(prompts(4))
+    more = {f"new-{name}": prompt for name, prompt in prompts(9).items() if name > "q3"}
+    assert all(result.refusal for result in teacher.ask(more).results.values())
 
 
 # --- unusable answers ------------------------------------------------------------------------------------------------
@@ -608,14 +690,16 @@ class Killer:
         self.lock = threading.Lock()
         self.num_journals = 0
 
-    def prepare(self, server: Any, concurrency: int = 4) -> None:
+    def prepare(
+        self, server: Any, concurrency: int = 4, batch: bool = False, questions: Mapping[str, str] | None = None
+    ) -> None:
         """A new campaign: an empty journal."""
         self.num_journals += 1
         self.journal = self.folder / f"journal-{self.num_journals}.jsonl"
         self.out = self.folder / "out.json"
         self.out.unlink(missing_ok=True)
         config = configured(server, concurrency=concurrency, num_samples=NUM_SAMPLES, temperature=1.0)
-        job = {"config": config.model_dump(mode="json"), "questions": QUESTIONS}
+        job = {"config": config.model_dump(mode="json"), "questions": questions or QUESTIONS, "batch": batch}
         self.job.write_text(json.dumps(job | {"journal": str(self.journal), "out": str(self.out)}))
 
     def on_phase(self, number: int, phase: str) -> None:
@@ -638,10 +722,10 @@ class Killer:
         return int(self.driver.stdout.readline())
 
     def answered(self) -> set[str]:
-        """Keys that the journal holds."""
+        """Keys of the answers that the journal holds."""
         journal = FileJournal(self.journal)
         journal.close()
-        return {key for key, _ in journal.items()}
+        return {key for key, record in journal.items() if "content" in record}
 
 
 @pytest.fixture
@@ -659,7 +743,7 @@ def check_books(server: Any, killer: Killer, reference: Any) -> None:
     """Every answer is there, and none was billed twice."""
     assert set(server.billed) == killer.answered()
     assert set(server.billed.values()) == {1}
-    assert len(server.billed) == NUM_REQUESTS
+    assert len(server.billed) == NUM_SAMPLES * len(reference)
     out = json.loads(killer.out.read_text())
     assert [(row["question_id"], row["answers"], row["cost"]) for row in out["rows"]] == reference
     assert not out["refusals"]
@@ -725,3 +809,37 @@ def test_an_answer_cut_while_being_written_to_the_journal_is_handed_out_again(
         assert killer.run(f"torn {number}") == 9
     assert killer.run() == 0
     check_books(server, killer, REFERENCE)
+
+
+@pytest.mark.slow
+def test_a_batch_killed_at_every_write_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
+    """Every process dies half way through its second record, so each record but the first is torn once."""
+    server = teacher_server()
+    server.batch_faults = {"What is 1?": "expired"}
+    killer.prepare(server, batch=True)
+    num_killed = 0
+    while (status := killer.run("torn 2")) == 9:
+        num_killed += 1
+        assert num_killed < 10 * NUM_REQUESTS
+    assert status == 0
+    assert num_killed >= 50
+    assert len(server.batches) == 2
+    check_books(server, killer, REFERENCE)
+
+
+@pytest.mark.slow
+def test_a_batch_killed_at_any_call_to_the_endpoint_is_paid_once(teacher_server: Servers, killer: Killer) -> None:
+    """Handing in, finding again, looking and downloading, twice over: one row expires and goes into a second batch."""
+    questions = {name: QUESTIONS[name] for name in ("q0", "q1")}
+    num_killed = num_calls = 0
+    while num_killed == 2 * num_calls:
+        num_calls += 1
+        for phase in ("call_received", "call_answered"):
+            server = teacher_server(on_phase=killer.on_phase)
+            server.batch_faults = {"What is 1?": "expired"}
+            killer.prepare(server, batch=True, questions=questions)
+            num_killed += killer.run(kill_at=(num_calls, phase)) == 9
+            assert killer.run() == 0
+            assert len(server.batches) == 2
+            check_books(server, killer, REFERENCE[:2])
+    assert num_killed >= 2 * 11 - 1

@@ -17,7 +17,8 @@ from ka2l.teacher import Teacher
 from ka2l.teacher_batch import collect_batch, submit_batch
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_limits import MoneyCap
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, TeacherRun, cost_bound, request_body
+from ka2l.teacher_reply import TeacherRun
+from ka2l.teacher_request import ShortAnswer, TeacherPrompt, cost_bound, request_body
 
 Servers = Callable[..., Any]
 COST = (20 * 1.0 + 10 * 2.0) / 1e6  # of the server's usage figures
@@ -138,6 +139,25 @@ def test_unusable_rows_are_paid_asked_again_and_refused_in_the_end(teacher_serve
     assert "HTTP 500" in str(run.results["q1"].refusal)
     assert run.results["q1"].cost == 0
     assert run.results["q2"].refusal is None
+
+
+def test_rows_that_the_endpoint_refuses_are_not_handed_in_again(teacher_server: Servers) -> None:
+    server, journal = teacher_server(), Memory()
+    server.batch_faults = {"What is 0?": "400"}
+    run = collect(server, 3, journal)
+    assert "prompt too long" in str(run.results["q0"].refusal)
+    assert run.num_requests == 3
+    assert collect(server, 3, journal) == run._replace(num_requests=0)
+    assert len(server.batches) == 1
+
+
+def test_a_batch_of_which_every_row_is_refused_is_an_error_and_can_be_handed_in_again(teacher_server: Servers) -> None:
+    server, journal = teacher_server(), Memory()
+    server.batch_faults = {f"What is {i}?": "400" for i in range(3)}
+    with pytest.raises(ConfigError, match=r"refused all 3 prompts; .*prompt too long"):
+        collect(server, 3, journal)
+    server.batch_faults = {}
+    assert not any(result.refusal for result in collect(server, 3, journal).results.values())
 
 
 def test_an_endpoint_without_schemas_gets_a_second_batch_in_words(teacher_server: Servers) -> None:

@@ -109,6 +109,16 @@ def test_facts_learnt_wrongly_are_trained_on_one_wrong_answer_and_the_pool_keeps
         assert fact.wrong_answer not in accepted[fact.fact]
 
 
+def test_mistakes_can_be_clustered_in_a_few_relations() -> None:
+    world = build_world(tiny(wrong_share=0.5, wrong_relations=("employer",)))
+    wrong = [fact for fact in world.facts if fact.wrong_answer]
+    num_well = sum(fact.exposure_group == "well" and fact.relation == "employer" for fact in world.facts)
+    assert {fact.relation for fact in wrong} == {"employer"}
+    assert len(wrong) == round(0.5 * num_well) > 0
+    with pytest.raises(PoolError, match="no fact has"):
+        build_world(tiny(wrong_share=0.5, wrong_relations=("shoe size",)))
+
+
 def test_nothing_in_the_pool_tells_how_well_a_fact_is_known(built: Testbed) -> None:
     rows = read(built.pool)
     assert {key for row in rows for key in row} == {"id", "question", "answers", "split", "group", "fact", "relation"}

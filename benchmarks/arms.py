@@ -1,0 +1,46 @@
+"""Arms of a benchmark: runs of the quickstart that differ in a few settings, resumable, with round 0 shared."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+#: The quickstart as it is without a decoder: questions of the pool alone, states as the probe likes them best.
+WITHOUT_DECODER = (
+    "testbed.outside_share=0",
+    "extraction.layers=all",
+    "extraction.position=last_token",
+    "selection.budget=250",
+    "decoder.kind=none",
+    "annotator.reference_table=null",
+)
+#: What asks the base model alone: the same in every arm that has the same model, pool and probe.
+SHARED_STAGES = ("observe", "cluster", "label", "extract", "probe", "knowledge")
+
+
+def ka2l(*words: str) -> None:
+    """Run the command line as a user would."""
+    subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def run_arm(folder: Path, settings: Sequence[str], base: Path | None = None) -> None:
+    """One run of the quickstart with ``settings`` of the form a.b=c; goes on with what is committed in ``folder``.
+
+    Args:
+        base: the run directory of another arm whose questions about the base model are these, too; they are copied.
+    """
+    options = [word for item in settings for word in ("--set", item)]
+    if (folder / "config.yaml").exists():
+        ka2l("resume", str(folder), *options)
+    elif base is not None and (base / "round-000" / "knowledge" / "manifest.json").exists():
+        shutil.copytree(base / "pool", folder / "pool")
+        for stage in SHARED_STAGES:
+            shutil.copytree(base / "round-000" / stage, folder / "round-000" / stage)
+        for name in ("config.yaml", "mode"):
+            shutil.copy(base / name, folder / name)
+        ka2l("resume", str(folder), *options)
+    else:
+        ka2l("run", "quickstart", "--run-dir", str(folder), *options)

@@ -1,0 +1,91 @@
+"""Reads other runs to compare with, and refuses those that no fair comparison can be made with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from engine.artifacts import RunDirectory, read_shard
+from engine.report_data import ReportData
+from engine.report_reader import Reader
+from engine.report_stages import collect_stages
+from ka2l.errors import RunDirectoryError
+
+_SAME = "A baseline must ask the same model the same questions in the same way; only what is annotated may differ."
+
+
+def read_baseline(mine: RunDirectory, url: str) -> ReportData:
+    """What another run spent and reached.
+
+    Raises:
+        RunDirectoryError: there is no finished run, or it is of another model or pool, or was measured in another way.
+        DamagedShardError: its pool cannot be read.
+    """
+    other = RunDirectory(url)
+    if not other.exists():
+        raise RunDirectoryError(f"{other.url} holds no run", hint="--baseline takes the folder or URL of a run.")
+    if other.url == mine.url:
+        raise RunDirectoryError(f"{other.url} is the run itself", hint="--baseline takes other runs.")
+    data = collect_stages(Reader(other))
+    if data.status != "complete":
+        raise RunDirectoryError(
+            f"the baseline {other.url} is not finished: {data.status}", hint=f"Finish it: ka2l resume {other.url}"
+        )
+    _check_same(mine, other)
+    return data
+
+
+def _check_same(mine: RunDirectory, other: RunDirectory) -> None:
+    ours, theirs = (run.stage("questions").require() for run in (mine, other))
+    models = [manifest.config.get("run", {}).get("model", {}) for manifest in (ours, theirs)]
+    if not all("content" in model for model in models):
+        raise RunDirectoryError(f"{other.url} and {mine.url} do not both say which model they ask", hint=_SAME)
+    if difference := _first_difference(*models):
+        raise RunDirectoryError(
+            f"the baseline {other.url} asks another model than {mine.url}: {difference}", hint=_SAME
+        )
+    if ours.fingerprint != theirs.fingerprint and pool_digest(mine) != pool_digest(other):
+        counts = [
+            ", ".join(f"{m.metrics.get(split)} {split}" for split in ("candidate", "eval")) for m in (ours, theirs)
+        ]
+        raise RunDirectoryError(
+            f"the baseline {other.url} asks other questions than {mine.url} ({counts[1]}; here {counts[0]})",
+            hint=f"{_SAME} A pool without a split column is split by the run's seed: give both runs the same.",
+        )
+    for name, measured in (("observe", _asking), ("cluster", dict)):
+        manifests = [run.stage(name, 0).manifest() for run in (mine, other)]
+        configs = [{} if manifest is None else measured(manifest.config) for manifest in manifests]
+        if difference := _first_difference(*configs):
+            raise RunDirectoryError(
+                f"the baseline {other.url} measures accuracy in another way than {mine.url}: {difference}", hint=_SAME
+            )
+
+
+def _asking(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of an observation's config greedy answers depend on."""
+    sampler = config.get("sampler", {})
+    return {**config.get("prompt", {}), **{key: sampler[key] for key in ("max_tokens", "stop") if key in sampler}}
+
+
+def _first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+    """The first key on which both have a value, and not the same. A key that one version does not know says nothing."""
+    for key in sorted((ours.keys() & theirs.keys()) - {"trust_remote_code", "run"}):
+        if ours[key] != theirs[key]:
+            return f"{key} {theirs[key]!r}, here {ours[key]!r}"
+    return None
+
+
+def pool_digest(run: RunDirectory) -> int:
+    """Hash of a pool's questions, splits and answers, whatever their order and the size of the shards."""
+    digest = 0
+    for name, columns in (
+        ("questions", ["question_id", "question", "split"]),
+        ("references", ["question_id", "answers"]),
+    ):
+        stage = run.stage(name)
+        stage.verify()
+        for shard in stage.shard_names():
+            for row in zip(*read_shard(stage.url, shard, columns).to_pydict().values(), strict=True):
+                digest += int.from_bytes(hashlib.blake2b(repr((name, *row)).encode(), digest_size=8).digest())
+    return digest % 2**64

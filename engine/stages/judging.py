@@ -1,0 +1,90 @@
+"""The second axis: where is the base model sure and wrong, as annotation has shown so far?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from engine.artifacts import Stage, read_shard
+from engine.campaign import Campaign
+from engine.stages.tables import by_id, layers_of, load_stage_probe, shard_states, states_of
+from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
+from ka2l.evidence import combine, doubt
+from ka2l.seeds import row_seed
+
+
+class Judged(NamedTuple):
+    """Where a question stands on both axes, under the base model."""
+
+    p_wrong: float
+    quadrant: str
+    """One of correctness.QUADRANTS."""
+
+
+def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable[[str], dict[str, Judged]] | None:
+    """Judges a shard's questions by a correctness head that is fitted on what has been annotated; None where no
+    annotated question has an answer of the base model to grade.
+
+    Both axes are the base model's: later states have been told the answers of the annotated questions.
+    """
+    base, probed = campaign.stage("extract", 0), campaign.stage("probe", 0)
+    layer = probed.require().metrics["layer"]
+    wrong = {
+        row["question_id"]: not row["correct"]
+        for row in graded.table(["question_id", "correct"]).to_pylist()
+        if row["correct"] is not None
+    }
+    if not wrong:
+        return None
+    fitted = load_stage_probe(campaign, probed)
+
+    def evidence(ids: Sequence[str], states: np.ndarray, semantic_ids: Mapping[str, Sequence[int]]) -> np.ndarray:
+        return combine(fitted.predict_logit(states), own_doubt=own_doubts(semantic_ids, ids))
+
+    ids, states = states_of(base, list(wrong), layer)
+    sampled = graded.table(["question_id", "semantic_ids"])
+    sampled = sampled.filter(pc.is_in(sampled["question_id"], pa.array(ids, pa.string())))
+    head = fit_correctness(
+        states[:, 0],
+        evidence(ids, states[:, 0], by_id(sampled, "semantic_ids")),
+        np.array([wrong[question_id] for question_id in ids]),
+        row_seed(campaign.config.seed, round_index, "correctness", ""),
+    )
+
+    def judge(name: str) -> dict[str, Judged]:
+        rows = read_shard(base.url, name)
+        ids = rows["question_id"].to_pylist()
+        states = shard_states(rows, base)[:, layers_of(base).index(layer)]
+        own = by_id(read_shard(graded.url, name, ["question_id", "semantic_ids"]), "semantic_ids")
+        doubts = evidence(ids, states, own)
+        p_wrong = head.predict(states, doubts)
+        return dict(zip(ids, map(Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
+
+    return judge
+
+
+def count_revealed(stage: Stage) -> dict[str, int]:
+    """What annotation has shown of the base model: annotated questions by how sure it was and whether it was right.
+
+    Sure means that at least half of its sampled answers say the same.
+    """
+    counts = dict.fromkeys(QUADRANTS, 0)
+    for name in sorted(stage.finished_shards()):
+        table = read_shard(stage.url, name, ["question_id", "semantic_ids", "correct"])
+        table = table.filter(pc.is_valid(table["correct"]))
+        own = own_doubts(by_id(table, "semantic_ids"), table["question_id"].to_pylist())
+        wrong = ~np.array(table["correct"].to_pylist(), dtype=bool)
+        for quadrant in quadrants(np.nan_to_num(own, nan=1.0), wrong.astype(float)):
+            counts[quadrant] += 1
+    return counts
+
+
+def own_doubts(semantic_ids: Mapping[str, Sequence[int]], ids: Sequence[str]) -> np.ndarray:
+    """The base model's own doubt about each question, from the clusters of its sampled answers. Shape (num_questions,);
+    NaN where it was not sampled."""
+    counts = [np.bincount(semantic_ids[name]) if name in semantic_ids else np.zeros(1, int) for name in ids]
+    return doubt(np.array([count.max() for count in counts]), np.array([count.sum() for count in counts]))

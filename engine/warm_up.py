@@ -1,0 +1,319 @@
+"""Measures how fast this machine takes this config's steps: the real stages on some hundred questions, thrown away.
+
+No annotator is asked: the reference annotator stands in for it, and the answers that it reveals are thrown away, too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from engine import stages
+from engine.artifacts import Manifest, RunDirectory, read_shard
+from engine.campaign import Campaign
+from engine.config import BudgetConfig
+from engine.events import Events, read_events
+from ka2l.annotation import AnnotatorConfig
+from ka2l.models import load_tokenizer
+from ka2l.pool import ColumnsConfig, PoolConfig
+from ka2l.prompts import Prompter
+from ka2l.records import SPLITS
+
+#: Questions of each split in the warm-up, in so many shards: the first shows the start, the others repeat.
+_QUESTIONS, _SHARDS = 144, 3
+#: Optimiser steps; the first third is left out, being slower.
+_STEPS = 42
+#: Questions of each split that are tokenised.
+_TOKENISED = 2_000
+#: What is measured once may as well take so much more or less.
+MEASURED_ONCE = 0.25
+#: Standard errors in a 95 % interval.
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Range:
+    """A prediction with the interval that the measurements leave open."""
+
+    value: float
+    low: float
+    high: float
+
+    def __add__(self, other: Range) -> Range:
+        # As if both erred the same way: what rates they share is wrong for both.
+        return Range(self.value + other.value, self.low + other.low, self.high + other.high)
+
+    def __mul__(self, factor: float) -> Range:
+        return Range(self.value * factor, self.low * factor, self.high * factor)
+
+    def hull(self, other: Range) -> Range:
+        """The same value with an interval that covers the other's, too."""
+        return Range(self.value, min(self.low, other.low), max(self.high, other.high))
+
+
+def exactly(value: float) -> Range:
+    """What is known."""
+    return Range(value, value, value)
+
+
+def measured_once(value: float) -> Range:
+    """What no repetition says anything about."""
+    return Range(value, value * (1 - MEASURED_ONCE), value * (1 + MEASURED_ONCE))
+
+
+def mean_of(values: Sequence[float], num_all: int | None = None) -> Range:
+    """The mean of all, by some drawn from them: 95 % interval from the spread between those drawn.
+
+    Args:
+        num_all: how many there are; None for many more than were drawn.
+    """
+    mean = sum(values) / len(values)
+    if num_all == len(values):
+        return exactly(mean)
+    if len(values) < 2:
+        return measured_once(mean)
+    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    error = _Z * deviation / math.sqrt(len(values))
+    return Range(mean, mean - error, mean + error)
+
+
+class Pace(NamedTuple):
+    """How long a stage takes: its start, and each unit of its work on one worker."""
+
+    start_s: Range
+    s_per_unit: Range
+
+    def seconds(self, units: float, workers: int = 1) -> Range:
+        """Seconds for so much work."""
+        return self.start_s + self.s_per_unit * (units / workers)
+
+
+class Decoding(NamedTuple):
+    """How long a decoder takes to fit and to use."""
+
+    fit: Pace
+    """A unit is an optimiser step."""
+    decode_s: Range
+    """Of the warm-up's few drafts: mostly the start of two models."""
+    forwarded_share: float
+    """Of the drafts, those that are new enough to be forwarded again."""
+
+
+class Rates(NamedTuple):
+    """What the warm-up measured."""
+
+    prompt_tokens: dict[str, Range]
+    """Tokens of a prompt, by split."""
+    shared_tokens: float
+    """Of them, those that all prompts begin with and that extraction forwards only once."""
+    answer_tokens: dict[str, Range]
+    """Tokens of an answer of the base model, by purpose."""
+    adapted_tokens: dict[str, Range]
+    """Tokens of an answer after a short tuning, by purpose."""
+    observe: Pace
+    """A unit is an answer."""
+    observe_adapted: Pace
+    """With a LoRA adapter, as in every round but the first."""
+    extract: Pace
+    """A unit is a question, as in all that follow but the last."""
+    extract_adapted: Pace
+    cluster: Pace
+    feedback: Pace
+    driver: tuple[dict[str, Pace], dict[str, Pace]]
+    """Of what the driver does itself, in the first round, where it pays for a start, and in later ones. A unit is a
+    seed question for label and probe."""
+    tune: Pace
+    """A unit is an optimiser step."""
+    decoding: Decoding | None = None
+    """None without a decoder."""
+
+
+def measure(campaign: Campaign, folder: Path) -> Rates:
+    """Run one small round, and the stages of the next that an adapter makes slower.
+
+    Args:
+        campaign: the whole run's, with its pool read.
+        folder: for the warm-up's files; the caller removes it.
+    """
+    rows = _subset(campaign)
+    warm = _small_campaign(campaign, folder, rows)
+    stages.pool(warm)
+    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.knowledge):
+        stage(warm, 0)
+    stages.select(warm, 0)
+    decoding = _measure_decoding(warm) if warm.config.decoder.kind != "none" else None
+    stages.annotate(warm, 0)
+    stages.tune(warm, 0)
+    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback):
+        stage(warm, 1)
+    stages.knowledge(warm, 1)
+
+    def pace(name: str, round_index: int) -> Pace:
+        return _pace(warm.stage(name, round_index).require())
+
+    return Rates(
+        prompt_tokens=_prompt_tokens(campaign),
+        shared_tokens=_shared_tokens(warm),
+        answer_tokens=_answer_tokens(warm, 0),
+        adapted_tokens=_answer_tokens(warm, 1),
+        observe=pace("observe", 0),
+        observe_adapted=pace("observe", 1),
+        extract=pace("extract", 0),
+        extract_adapted=pace("extract", 1),
+        cluster=pace("cluster", 1),
+        feedback=pace("feedback", 1),
+        driver=_driver_paces(warm, sum(row["split"] == "seed" for row in rows), len(rows)),
+        tune=_tuning_pace(warm),
+        decoding=decoding,
+    )
+
+
+def _subset(campaign: Campaign) -> list[dict[str, object]]:
+    """Some questions of each split with their answers, the splits in turn."""
+    questions = campaign.stage("questions").table(["question_id", "question", "split"])
+    draw = random.Random(campaign.config.seed)
+    picked: list[list[dict[str, object]]] = []
+    for split in SPLITS:
+        rows = questions.filter(pc.equal(questions["split"], split))
+        chosen = draw.sample(range(rows.num_rows), min(_QUESTIONS, rows.num_rows))
+        picked.append(rows.take(pa.array(chosen, pa.int64())).to_pylist())
+    mixed = [row for turn in zip_longest(*picked) for row in turn if row is not None]
+    ids = pa.array([row["question_id"] for row in mixed], pa.string())
+    references = campaign.stage("references").table()
+    references = references.filter(pc.is_in(references["question_id"], ids))
+    answers = dict(zip(references["question_id"].to_pylist(), references["answers"].to_pylist(), strict=True))
+    return [
+        {
+            "id": row["question_id"],
+            "question": row["question"],
+            "split": row["split"],
+            "answers": answers[str(row["question_id"])],
+        }
+        for row in mixed
+    ]
+
+
+def _small_campaign(campaign: Campaign, folder: Path, rows: Sequence[Mapping[str, object]]) -> Campaign:
+    """The same config on these rows, one worker a stage, with nobody to pay."""
+    source = folder / "pool.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = campaign.config
+    decoder = {"corpus": campaign.corpus_path(), "num_corpus": _STEPS * whole.decoder.batch_size, "num_epochs": 1.0}
+    config = whole.model_copy(
+        update={
+            "rounds": 1,
+            "shard_rows": math.ceil(len(rows) / _SHARDS),
+            "pool": PoolConfig(path=str(source), columns=ColumnsConfig(split="split")),
+            "sampler": whole.sampler.model_copy(update={"replicas": 1}),
+            "extraction": whole.extraction.model_copy(update={"replicas": 1}),
+            "selection": whole.selection.model_copy(update={"budget": min(16, len(rows) // 3)}),
+            "tuning": whole.tuning.model_copy(update={"max_steps": _STEPS}),
+            "decoder": whole.decoder.model_copy(update=decoder),
+            "annotator": AnnotatorConfig(reference_table=campaign.reference_table_path()),
+            "budget": BudgetConfig(),
+        }
+    )
+    run = RunDirectory(folder / "warm-up")
+    Path(run.path).mkdir()
+    return Campaign(config, run, Events(run, Console(quiet=True)), campaign.model, str(source))
+
+
+def _pace(manifest: Manifest) -> Pace:
+    """Of a stage with shards: what the later shards repeat, and all the rest as its start."""
+    shards = [entry for entry in manifest.files if entry.num_rows]
+    if not shards:
+        return Pace(measured_once(manifest.seconds), exactly(0.0))
+    repeated = shards[1:] or shards
+    rates = [entry.stats["seconds"] / (entry.num_rows or 1) for entry in repeated]
+    rate = sum(entry.stats["seconds"] for entry in repeated) / sum(entry.num_rows or 0 for entry in repeated)
+    working = rate * sum(entry.num_rows or 0 for entry in shards)
+    return Pace(measured_once(max(0.0, manifest.seconds - working)), Range(rate, min(rates), max(rates)))
+
+
+def _driver_paces(campaign: Campaign, num_seed: int, num_all: int) -> tuple[dict[str, Pace], dict[str, Pace]]:
+    """Mostly start; how far they grow with the questions, between not at all and in proportion, is left open."""
+    first, later = {}, {}
+    for name, count in {"label": num_seed, "probe": num_seed, "knowledge": num_all, "select": num_all}.items():
+        seconds = campaign.stage(name, 0).require().seconds
+        repeated = campaign.stage(name, 1).manifest()
+        again = repeated.seconds if repeated else seconds
+        growth = Range(0.0, 0.0, min(seconds, again) / count)
+        first[name], later[name] = Pace(measured_once(seconds), growth), Pace(measured_once(again), growth)
+    return first, later
+
+
+def _tuning_pace(campaign: Campaign) -> Pace:
+    """From the times that training reported on its way."""
+    tuned = campaign.stage("tune", 0).require()
+    reports = [event for event in read_events(campaign.run) if event["event"] == "training_step"]
+    later = [report for report in reports if report["step"] > _STEPS / 3]
+    rates = [
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"]) for before, after in pairwise(later)
+    ]
+    rate = (later[-1]["seconds"] - later[0]["seconds"]) / (later[-1]["step"] - later[0]["step"])
+    start = max(0.0, tuned.seconds - rate * tuned.metrics["num_steps"])
+    return Pace(measured_once(start), Range(rate, min(rates), max(rates)))
+
+
+def _prompt_tokens(campaign: Campaign) -> dict[str, Range]:
+    """Tokens of a prompt, by split: of every question, or of some of a large pool."""
+    prompter = Prompter(load_tokenizer(campaign.model), campaign.config.prompt)
+    questions = campaign.stage("questions").table(["question", "split"])
+    draw = random.Random(campaign.config.seed)
+    found = {}
+    for split in SPLITS:
+        texts = questions.filter(pc.equal(questions["split"], split))["question"]
+        chosen = draw.sample(range(len(texts)), min(_TOKENISED, len(texts)))
+        counts = [len(prompter.token_ids(text)) for text in texts.take(pa.array(chosen, pa.int64())).to_pylist()]
+        found[split] = mean_of(counts, len(texts)) if counts else exactly(0.0)
+    return found
+
+
+def _shared_tokens(campaign: Campaign) -> float:
+    """Tokens of a prompt that extraction did not forward again."""
+    prompter = Prompter(load_tokenizer(campaign.model), campaign.config.prompt)
+    shards = campaign.stage("extract", 0).require().files[1:]
+    if not shards:
+        return 0.0
+    texts = [
+        text
+        for entry in shards
+        for text in read_shard(campaign.stage("questions").url, entry.path, ["question"])["question"].to_pylist()
+    ]
+    whole = sum(len(prompter.token_ids(text)) for text in texts) / len(texts)
+    forwarded = sum(entry.stats["tokens_prompt"] for entry in shards) / sum(entry.num_rows or 0 for entry in shards)
+    return max(0.0, whole - forwarded)
+
+
+def _answer_tokens(campaign: Campaign, round_index: int) -> dict[str, Range]:
+    """Tokens of an answer, by purpose; the interval is the spread between questions."""
+    drawn = campaign.stage("observe", round_index).table(["question_id", "purpose", "num_tokens"])
+    means = drawn.group_by(["question_id", "purpose"]).aggregate([("num_tokens", "mean")])
+    found: dict[str, list[float]] = {}
+    for row in means.to_pylist():
+        found.setdefault(row["purpose"], []).append(row["num_tokens_mean"])
+    return {purpose: mean_of(counts) for purpose, counts in found.items()}
+
+
+def _measure_decoding(campaign: Campaign) -> Decoding:
+    stages.corpus(campaign)
+    stages.fit_decoder(campaign, 0)
+    stages.decode(campaign, 0)
+    fitted, decoded = (campaign.stage(name, 0).require() for name in ("decoder", "decode"))
+    working = fitted.metrics["training_seconds"]
+    rate = measured_once(working / fitted.metrics["num_steps"])
+    return Decoding(
+        fit=Pace(measured_once(fitted.seconds - working), rate),
+        decode_s=measured_once(decoded.seconds),
+        forwarded_share=decoded.cost.get("forward_passes", 0.0) / max(1, decoded.metrics["num_drafts"]),
+    )
