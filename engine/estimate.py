@@ -177,6 +177,8 @@ def predict(
     for index in range(config.rounds + 1):
         made += _predict_measuring(config, counts, rates, index)
         wanted = min(config.selection.budget, cap - annotated)
+        if index:
+            made.append(_predict_feedback(config, counts, rates, index))
         if index == config.rounds or wanted <= 0:
             break
         made += _predict_probing(config, counts, rates, index)
@@ -244,11 +246,13 @@ def _predict_probing(config: RunConfig, counts: Mapping[str, int], rates: Rates,
     for name, pace in rates.driver[min(index, 1)].items():
         num = counts["seed"] if name in ("label", "probe") else num_all
         made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num))))
-    if index:
-        # Own answers are grouped once; later they are only graded.
-        work = round(counts["candidate"] * config.tuning.rehearsal) if index == 1 else 0
-        made.append(_held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work))))
     return made
+
+
+def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> Prediction:
+    """Own answers are grouped once; later they are only graded."""
+    work = round(counts["candidate"] * config.tuning.rehearsal) if index == 1 else 0
+    return _held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)))
 
 
 def _predict_extract(config: RunConfig, rates: Rates, index: int, stage: str, counts: Mapping[str, int]) -> Prediction:

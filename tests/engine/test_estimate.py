@@ -98,8 +98,8 @@ def test_what_the_driver_does_pays_for_its_start_once() -> None:
 
 def test_own_answers_are_grouped_in_the_second_round_and_graded_in_later_ones() -> None:
     grouped = of("feedback", rows())
-    assert [row.round_index for row in grouped] == [1, 2]
-    assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0]
+    assert [row.round_index for row in grouped] == [1, 2, 3]
+    assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0, 2.0]
 
 
 def test_rounds_and_run_are_the_sums_of_their_stages() -> None:
