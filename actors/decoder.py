@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from actors.host import Host, Stats, set_num_threads
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
+from ka2l.records import stored_layers, stored_states
 
 
 class PairSource(NamedTuple):
@@ -34,12 +35,9 @@ def read_pairs(sources: Sequence[PairSource], layer: int) -> tuple[np.ndarray, l
             texts = pq.read_table(f"{source.questions_url}/{name}", columns=["question_id", "question", "split"])
             text_of = dict(zip(texts["question_id"].to_pylist(), texts["question"].to_pylist(), strict=True))
             table = pq.read_table(f"{source.states_url}/{name}", columns=["question_id", "split", "states"])
-            layers = [int(number) for number in table.schema.field("states").metadata[b"layers"].split(b",")]
+            layers = stored_layers(table.schema)
             table = table.filter(pc.equal(table["split"], source.split))
-            column = table["states"].combine_chunks()
-            width = column.type.list_size // len(layers)
-            shaped = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), len(layers), width)
-            states.append(shaped[:, layers.index(layer)].astype(np.float32))
+            states.append(stored_states(table, len(layers))[:, layers.index(layer)].astype(np.float32))
             questions += [text_of[name] for name in table["question_id"].to_pylist()]
     return np.concatenate(states), questions
 

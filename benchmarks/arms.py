@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -21,9 +23,24 @@ WITHOUT_DECODER = (
 SHARED_STAGES = ("observe", "cluster", "label", "extract", "probe", "knowledge")
 
 
+def seeded_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
+    """A parser of the arguments that benchmarks of several seeds share; runs load nothing from the hub."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=Path(f"runs/bench_{name}"), help="where the runs go; kept")
+    parser.add_argument("--out", help=f"result file; benchmarks/results/{name}.json where not given")
+    return parser
+
+
 def ka2l(*words: str) -> None:
     """Run the command line as a user would."""
     subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
+
+
+def set_options(settings: Sequence[str]) -> list[str]:
+    """``--set`` options for settings of the form a.b=c."""
+    return [word for item in settings for word in ("--set", item)]
 
 
 def run_arm(folder: Path, settings: Sequence[str], base: Path | None = None) -> None:
@@ -32,7 +49,7 @@ def run_arm(folder: Path, settings: Sequence[str], base: Path | None = None) -> 
     Args:
         base: the run directory of another arm whose questions about the base model are these, too; they are copied.
     """
-    options = [word for item in settings for word in ("--set", item)]
+    options = set_options(settings)
     if (folder / "config.yaml").exists():
         ka2l("resume", str(folder), *options)
     elif base is not None and (base / "round-000" / "knowledge" / "manifest.json").exists():

@@ -14,14 +14,12 @@ Takes about 15 minutes a seed on two cores.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import WITHOUT_DECODER, run_arm
+from arms import WITHOUT_DECODER, run_arm, seeded_parser
 from machine import write_result
 
 from engine.artifacts import RunDirectory
@@ -98,12 +96,7 @@ def difference(work: Path, seeds: list[int], arm: str, other: str) -> dict[str, 
 
 def main() -> None:
     """Parse arguments, run, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_axes"), help="where the runs go; kept")
-    parser.add_argument("--out", help="result file; benchmarks/results/axes.json where not given")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    arguments = seeded_parser(__doc__, "axes").parse_args()
     per_seed: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         base = arguments.work / f"seed-{seed}"

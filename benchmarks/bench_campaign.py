@@ -14,14 +14,12 @@ its observation and probe are made once and shared. Takes about 17 minutes a see
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import WITHOUT_DECODER, run_arm
+from arms import WITHOUT_DECODER, run_arm, seeded_parser
 from machine import write_result
 
 ARMS: dict[str, list[str]] = {
@@ -79,12 +77,7 @@ def compare(per_seed: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Parse arguments, run, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_campaign"), help="where the runs go; kept")
-    parser.add_argument("--out", help="result file; benchmarks/results/campaign.json where not given")
-    arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    arguments = seeded_parser(__doc__, "campaign").parse_args()
     per_seed: dict[str, dict[str, Any]] = {}
     for seed in arguments.seeds:
         per_seed[str(seed)] = {}

@@ -22,7 +22,6 @@ not ask for. Takes about 25 minutes a seed on two cores.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from arms import run_arm
+from arms import run_arm, seeded_parser
 from machine import write_result
 
 from engine.cli import cache_dir
@@ -41,23 +40,8 @@ from ka2l.testbed import cached_testbed
 #: What differs from the quickstart in every arm.
 COMMON = [
     "rounds=1",
-    "selection.budget=200",
-    "testbed.outside_share=0.2",
-    "extraction.position=last_and_mean",
-    "annotator.reference_table=testbed",
-    "decoder.kind=inversion",
-    "decoder.corpus=testbed",
-    "decoder.learning_rate=0.01",
-    "decoder.num_epochs=5",
-    "decoder.max_tokens=32",
-    "decoder.cpus_per_worker=1.8",
     # The layer below the top: it tells known from unknown nearly as well, and more of what was asked is left in it.
     "extraction.layers=[3]",
-    "decoder.num_sampled=1",
-    "decoder.num_noised=3",
-    "decoder.num_interpolated=1",
-    "decoder.noise=0.8",
-    "decoder.max_similarity=0.99",
 ]
 HELP_COMMON = ["selection.budget=400", "testbed.outside_share=0.4"]
 ARMS: dict[str, list[str]] = {
@@ -142,13 +126,9 @@ def digest(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Parse arguments, run, write the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = seeded_parser(__doc__, "decoder")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_decoder"), help="where the runs go; kept")
-    parser.add_argument("--out", help="result file; benchmarks/results/decoder.json where not given")
     arguments = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     here = str(Path(__file__).resolve().parent)  # where runs find `both_wordings`
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     per_seed: dict[str, dict[str, Any]] = {}

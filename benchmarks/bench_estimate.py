@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from arms import ka2l, set_options
 from machine import write_result
 
 from engine.artifacts import RunDirectory, add_up
@@ -32,11 +31,6 @@ ITEMS = ("tokens_prompt", "tokens_generated", "forward_passes", "annotations", "
 #: How far a prediction may be off in all, as a share of what was measured.
 LIMITS = {"tokens_prompt": 0.1, "tokens_generated": 0.1, "forward_passes": 0.1, "annotations": 0.0, "seconds": 0.3}
 POOL = ("questions", "references", "corpus")
-
-
-def ka2l(*words: str) -> None:
-    """Run the command line as a user would."""
-    subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.DEVNULL)
 
 
 def measured(run_dir: Path) -> dict[tuple[int, str], dict[str, float]]:
@@ -102,7 +96,7 @@ def main() -> None:
     parser.add_argument("--note", help="what else the machine did, for the result file")
     parser.add_argument("--out", help="result file; benchmarks/results/estimate.json where not given")
     arguments = parser.parse_args()
-    options = [word for override in arguments.overrides for word in ("--set", override)]
+    options = set_options(arguments.overrides)
     run_dir = arguments.run or Path("runs/bench_estimate")
     estimate = arguments.estimate or run_dir.with_name(f"{run_dir.name}.estimate.json")
     if not estimate.exists():

@@ -15,27 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from arms import WITHOUT_DECODER
+from arms import WITHOUT_DECODER, ka2l, run_arm, set_options
 from bench_campaign import digest
 from machine import write_result
-
-PLAIN = [word for item in WITHOUT_DECODER for word in ("--set", item)]
-
-
-def ka2l(*words: str) -> str:
-    """Run the command line as a user would; returns its standard output."""
-    done = subprocess.run([sys.executable, "-m", "engine.cli", *words], check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout
-
-
-def sets(**values: str) -> list[str]:
-    """``--set`` options; ``__`` stands for a dot."""
-    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
 
 
 def drawn(facts: Path, num_facts: int | None, work: Path) -> Path:
@@ -52,11 +37,8 @@ def drawn(facts: Path, num_facts: int | None, work: Path) -> Path:
 def campaign(facts: Path, budget: int, work: Path) -> dict[str, Any]:
     """Three rounds on the testbed of real facts."""
     folder = work / "campaign"
-    if (folder / "config.yaml").exists():
-        ka2l("resume", str(folder))
-    else:
-        options = sets(testbed__facts=str(facts.resolve()), selection__budget=str(budget), name="real-facts")
-        ka2l("run", "quickstart", "--run-dir", str(folder), *PLAIN, *options)
+    given = [f"testbed.facts={facts.resolve()}", f"selection.budget={budget}", "name=real-facts"]
+    run_arm(folder, [*WITHOUT_DECODER, *given])
     return digest(json.loads((folder / "summary.json").read_text()))
 
 
@@ -64,13 +46,13 @@ def knowledge_map(facts: Path, other: Path, work: Path) -> dict[str, Any]:
     """What the model of real facts knows of another question set."""
     folder = work / "probe"
     if not (folder / "summary.json").exists():
-        options = sets(
-            testbed__facts=str(facts.resolve()),
-            pool__path=str(other.resolve()),
-            pool__columns="null",
-            sampler__max_model_len="256",
-        )
-        ka2l("probe", "quickstart", "--run-dir", str(folder), *PLAIN, *options)
+        given = [
+            f"testbed.facts={facts.resolve()}",
+            f"pool.path={other.resolve()}",
+            "pool.columns=null",
+            "sampler.max_model_len=256",
+        ]
+        ka2l("probe", "quickstart", "--run-dir", str(folder), *set_options([*WITHOUT_DECODER, *given]))
     summary = json.loads((folder / "summary.json").read_text())
     first = summary["rounds"][0]
     pool = json.loads((folder / "pool" / "questions" / "manifest.json").read_text())["metrics"]

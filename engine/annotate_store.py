@@ -11,7 +11,7 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.artifacts import clear_storage_errors
+from engine.artifacts import clear_storage_errors, sync_folder
 from ka2l.annotation_human import HumanAnswer
 
 
@@ -38,7 +38,7 @@ class AnswerStore:
             if content and not content.endswith(b"\n"):
                 os.write(self._file, b"\n")
             os.fsync(self._file)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         for line in content.split(b"\n"):
             if (answer := _parse(line)) is not None:
                 self._keep(answer)
@@ -76,16 +76,6 @@ class AnswerStore:
         key = (answer.question_id, answer.annotator)
         self._answers.pop(key, None)
         self._answers[key] = answer
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a new file's name durable, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _parse(line: bytes) -> HumanAnswer | None:

@@ -141,6 +141,16 @@ def write_shard(folder_url: str, name: str, table: pa.Table, stats: Mapping[str,
     )
 
 
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make the name of a new file in a local folder durable; nothing where the system has no such thing."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def read_shard(folder_url: str, name: str, columns: list[str] | None = None) -> pa.Table:
     """Read one shard; called in workers, for shards that the driver has verified."""
     filesystem_, folder = filesystem(folder_url)

@@ -90,7 +90,9 @@ class Campaign:
         return self._beside_pool(self.config.decoder.corpus, "background.jsonl")
 
     def reference_table_path(self) -> str | None:
-        """File that answers decoded questions; ``testbed`` resolved to its facts."""
+        """File that answers decoded questions; ``testbed`` resolved to its facts. None without a decoder."""
+        if self.config.decoder.kind == "none":
+            return None
         return self._beside_pool(self.config.annotator.reference_table, "answers.parquet")
 
     def _beside_pool(self, path: str | None, name: str) -> str | None:

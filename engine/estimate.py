@@ -12,7 +12,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.ledger import committed_stages
+from engine.meter import workers
 from engine.warm_up import Decoding, Range, Rates, exactly, measure, measured_once
 from ka2l.models import ModelConfig
 from ka2l.prompts import teacher_messages
@@ -139,7 +140,7 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         cap = campaign.budget_cap()
         reading = [stage.require().seconds for stage in committed_stages(full)]
     predictions, notes = _capped(config, counts, rates, cap, teaching)
-    pool = _held(Prediction(-1, "pool", sum(counts.values()), seconds=measured_once(sum(reading))))
+    pool = _held(Prediction(-1, "pool", sum(counts.values()), seconds=measured_once(sum(reading))), config)
     made = Estimate(counts, [pool, *predictions], notes)
     _print(made, console)
     return made
@@ -193,18 +194,14 @@ def predict(
         rehearsed = counts["seed"] + round(counts["candidate"] * config.tuning.rehearsal)
         left = max(0, rehearsed - annotated) if config.tuning.rehearsal > 0 else 0
         steps = num_steps(config.tuning, annotated, left)
-        tuning = config.tuning
-        made.append(
-            _held(Prediction(index, "tune", steps, seconds=rates.tune.seconds(steps)),
-                  tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker)
-        )  # fmt: skip
+        made.append(_held(Prediction(index, "tune", steps, seconds=rates.tune.seconds(steps)), config))
     return made
 
 
-def _held(row: Prediction, cpus: float = 1.0, gpus: float = 0.0) -> Prediction:
-    """The stage with the seconds of the CPUs and GPUs that it holds: the driver's one CPU where none are given."""
-    values = {item.name: getattr(row, item.name) for item in fields(row)}
-    return Prediction(**values | {"cpu_seconds": row.seconds * cpus, "gpu_seconds": row.seconds * gpus})
+def _held(row: Prediction, config: RunConfig) -> Prediction:
+    """The stage with the seconds of the CPUs and GPUs that it holds."""
+    cpus, gpus = workers(row.stage, config)
+    return replace(row, cpu_seconds=row.seconds * cpus, gpu_seconds=row.seconds * gpus)
 
 
 def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> list[Prediction]:
@@ -228,14 +225,13 @@ def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rate
         for name, tokens in rates.answer_tokens.items()
     }
     written = sum((lengths.get(name, _NOTHING) * (asked[name] * answers[name]) for name in asked), _NOTHING)
-    sampler = config.sampler
     pace = rates.observe_adapted if index else rates.observe
-    seconds = pace.seconds(sum(asked[name] * answers[name] for name in asked), sampler.replicas)
+    seconds = pace.seconds(sum(asked[name] * answers[name] for name in asked), config.sampler.replicas)
     passes = sum(asked.values())
     observe = Prediction(index, "observe", passes, passes, 0, prompts, written, seconds)
     return [
-        _held(observe, sampler.replicas * sampler.cpus_per_replica, sampler.replicas * sampler.gpus_per_replica),
-        _held(Prediction(index, "cluster", judged, seconds=rates.cluster.seconds(judged))),
+        _held(observe, config),
+        _held(Prediction(index, "cluster", judged, seconds=rates.cluster.seconds(judged)), config),
     ]
 
 
@@ -245,14 +241,14 @@ def _predict_probing(config: RunConfig, counts: Mapping[str, int], rates: Rates,
     made = [_predict_extract(config, rates, index, "extract", {split: counts[split] for split in SPLITS})]
     for name, pace in rates.driver[min(index, 1)].items():
         num = counts["seed"] if name in ("label", "probe") else num_all
-        made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num))))
+        made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num)), config))
     return made
 
 
 def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> Prediction:
     """Own answers are grouped once; later they are only graded."""
     work = round(counts["candidate"] * config.tuning.rehearsal) if index == 1 else 0
-    return _held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)))
+    return _held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)), config)
 
 
 def _predict_extract(config: RunConfig, rates: Rates, index: int, stage: str, counts: Mapping[str, int]) -> Prediction:
@@ -261,11 +257,9 @@ def _predict_extract(config: RunConfig, rates: Rates, index: int, stage: str, co
         (rates.prompt_tokens.get(split, rates.prompt_tokens["candidate"]) * count for split, count in counts.items()),
         _NOTHING,
     ) + exactly(-rates.shared_tokens * num)
-    extraction = config.extraction
     pace = rates.extract_adapted if index else rates.extract
-    row = Prediction(index, stage, num, num, 0, tokens, seconds=pace.seconds(num, extraction.replicas))
-    replicas = extraction.replicas
-    return _held(row, replicas * extraction.cpus_per_replica, replicas * extraction.gpus_per_replica)
+    seconds = pace.seconds(num, config.extraction.replicas)
+    return _held(Prediction(index, stage, num, num, 0, tokens, seconds=seconds), config)
 
 
 def _predict_decoding(
@@ -280,13 +274,13 @@ def _predict_decoding(
     epochs = decoder.refit_epochs if index else decoder.num_epochs
     steps = math.ceil(epochs * num_pairs / min(decoder.batch_size, num_pairs))
     fit = Prediction(index, "decoder", steps, seconds=decoding.fit.seconds(steps))
-    made.append(_held(fit, decoder.cpus_per_worker, decoder.gpus_per_worker))
+    made.append(_held(fit, config))
     drafts = wanted * (decoder.num_sampled + decoder.num_noised + decoder.num_interpolated)
     passes = round(drafts * decoding.forwarded_share)
     tokens = (rates.prompt_tokens["candidate"] + exactly(-rates.shared_tokens)) * passes
     seconds = decoding.decode_s + rates.extract.s_per_unit * passes
     decode = Prediction(index, "decode", drafts, passes, 0, tokens, seconds=seconds)
-    made.append(_held(decode, decoder.cpus_per_worker, decoder.gpus_per_worker))
+    made.append(_held(decode, config))
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from engine.artifacts import RunDirectory, clear_storage_errors, filesystem, write_bytes
+from engine.artifacts import RunDirectory, clear_storage_errors, filesystem, sync_folder, write_bytes
 from ka2l.errors import RunDirectoryError
 
 
@@ -29,7 +29,8 @@ class FileJournal:
         with clear_storage_errors(self.path):
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _sync_folder(os.path.dirname(self.path))
+            with contextlib.suppress(OSError):  # not every file system can
+                sync_folder(os.path.dirname(self.path))
         self._records, self._size = self._read()
 
     def _read(self) -> tuple[dict[str, Mapping[str, Any]], int]:
@@ -142,13 +143,3 @@ def _entry(key: str, record: Mapping[str, Any]) -> bytes:
 
 def _name(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:40] + ".json"
-
-
-def _sync_folder(path: str) -> None:
-    """Make a new file's name durable, where the system can."""
-    with contextlib.suppress(OSError):
-        folder = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ka2l.section import Section
-
-if TYPE_CHECKING:
-    from engine.config import RunConfig
 
 
 class PricesConfig(Section):
@@ -49,21 +44,3 @@ class Work:
     def money(self, prices: PricesConfig) -> float:
         """Its price."""
         return (self.cpu_seconds * prices.cpu_hour + self.gpu_seconds * prices.gpu_hour) / 3600
-
-
-def workers(stage: str, config: RunConfig | None) -> tuple[float, float]:
-    """CPUs and GPUs that the config sets aside for a stage; one CPU for stages that the driver does itself."""
-    if config is None:
-        return 1.0, 0.0
-    sampler, extraction, decoder, tuning = config.sampler, config.extraction, config.decoder, config.tuning
-    set_aside: Mapping[str, tuple[float, float]] = {
-        "observe": (sampler.replicas * sampler.cpus_per_replica, sampler.replicas * sampler.gpus_per_replica),
-        "extract": (
-            extraction.replicas * extraction.cpus_per_replica,
-            extraction.replicas * extraction.gpus_per_replica,
-        ),
-        "decoder": (decoder.cpus_per_worker, decoder.gpus_per_worker),
-        "decode": (extraction.cpus_per_replica, extraction.gpus_per_replica),
-        "tune": (tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker),
-    }
-    return set_aside.get("extract" if stage == "corpus_states" else stage, (1.0, 0.0))

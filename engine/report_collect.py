@@ -217,11 +217,16 @@ def _first_decoded(reader: Reader, index: int) -> list[dict[str, Any]]:
     return [] if table is None else table.filter(pc.equal(table["gate"], "kept")).slice(0, NUM_EXAMPLES).to_pylist()
 
 
+def _bought(reader: Reader, index: int, ids: list[str]) -> dict[str, str]:
+    """The preferred answers that a round's annotations gave to these questions."""
+    annotations = reader.rows("annotate", index, ["question_id", "answers"], ids)
+    return {row["question_id"]: row["answers"][0] for row in annotations if row["answers"]}
+
+
 def _decoded_examples(
     reader: Reader, index: int, rows: list[dict[str, Any]], questions: dict[str, str]
 ) -> list[DecodedExample]:
-    annotations = reader.rows("annotate", index, ["question_id", "answers"], [row["question_id"] for row in rows])
-    bought = {row["question_id"]: row["answers"][0] for row in annotations if row["answers"]}
+    bought = _bought(reader, index, [row["question_id"] for row in rows])
     return [
         DecodedExample(
             question=row["question"],
@@ -242,8 +247,7 @@ def _selected_examples(
     for row in reader.rows("observe", index, ["question_id", "purpose", "answer"], ids):
         if row["purpose"] != "eval":
             sampled[row["question_id"]][row["answer"]] += 1
-    annotations = reader.rows("annotate", index, ["question_id", "answers"], ids)
-    bought = {row["question_id"]: row["answers"][0] for row in annotations if row["answers"]}
+    bought = _bought(reader, index, ids)
     return [
         SelectedExample(
             rank=row["rank"],

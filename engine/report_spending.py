@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.prices import PricesConfig, Work, workers
+from engine.meter import workers
+from engine.prices import PricesConfig, Work
 from engine.report_data import ReportData, RoundReport, StageReport, finite
 from ka2l.tuning import num_steps
 

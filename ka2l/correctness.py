@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ka2l.probe_training import standardisation
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -72,7 +74,7 @@ def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray,
         seed: of the folds.
 
     Raises:
-        ValueError: shapes disagree, or there is nothing to fit on.
+        ValueError: shapes disagree, there is nothing to fit on, or a state is not finite.
     """
     import numpy as np
     from scipy.special import expit
@@ -85,11 +87,8 @@ def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray,
         raise ValueError(f"states {states.shape}, evidence {evidence.shape} and wrong {wrong.shape} disagree")
     p_unknown = expit(evidence)
     certain, uncertain = np.clip(1 - 2 * p_unknown, 0, None), np.clip(2 * p_unknown - 1, 0, None)
-    states = states.astype(np.float64)
-    deviation = states.std(axis=0)
-    # Below this it is rounding noise.
-    deviation = np.where(deviation <= 1e-5 * np.abs(states.mean(axis=0)) + 1e-8, 1.0, deviation)
-    mean, scale = states.mean(axis=0), deviation * np.sqrt(states.shape[1])
+    (mean,), (deviation,) = standardisation(states[:, None], np.arange(len(states)))
+    scale = deviation * np.sqrt(states.shape[1])
     sure = certain > 0
     classifier = None
     if min((wrong & sure).sum(), (~wrong & sure).sum()) >= _NUM_FOLDS:

@@ -15,6 +15,7 @@ from ka2l.decoder import Decoder, Inverter, new_inverter, question_token_ids
 from ka2l.decoder_config import SMALL, DecoderConfig
 from ka2l.errors import EngineError, PoolError
 from ka2l.metrics import exact_match, token_f1
+from ka2l.tuning import cpu_has_bfloat16
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,7 +108,7 @@ def _fit(
 
     use_gpu = config.gpus_per_worker > 0 and torch.cuda.is_available()
     device = "cuda" if use_gpu else "cpu"
-    half = use_gpu or bool(torch.cpu._is_avx512_bf16_supported())
+    half = use_gpu or cpu_has_bfloat16()
     inverter.to(device).train()
     optimizers = _optimizers(inverter, config)
     schedules = [

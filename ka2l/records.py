@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SCHEMA_VERSION = 1
 
@@ -182,6 +185,18 @@ def hidden_states_schema(layers: Sequence[int], width: int, dtype: str = "float3
         metadata={"doc": "pooled hidden states, row-major (layers, width)", "layers": names},
     )
     return pa.schema([_ID, _field("split", pa.string(), "one of SPLITS"), states])
+
+
+def stored_layers(schema: pa.Schema) -> list[int]:
+    """Layers that a ``hidden_states`` table of this schema holds."""
+    return [int(layer) for layer in schema.field("states").metadata[b"layers"].split(b",")]
+
+
+def stored_states(table: pa.Table, num_layers: int = 1) -> np.ndarray:
+    """States of a ``hidden_states`` table, shape (num_rows, num_layers, D)."""
+    column = table["states"].combine_chunks()
+    width = column.type.list_size // num_layers
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
 
 
 class TrainingRow(NamedTuple):

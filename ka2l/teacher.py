@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ka2l.errors import ConfigError, EngineError, KA2LError
@@ -23,6 +23,7 @@ from ka2l.teacher_reply import (
     TeacherRun,
     answer_record,
     any_answered,
+    distinct_states,
     finished_results,
     open_states,
     sample_states,
@@ -51,6 +52,13 @@ def check_cap(config: TeacherConfig, cap: MoneyCap | None) -> MoneyCap:
     if cap is not None and cap.limit is not None and config.prices is None:
         raise ConfigError("a cap on money needs the teacher's prices", hint="Set teacher.prices, per million tokens.")
     return cap or MoneyCap()
+
+
+def count_paid(cap: MoneyCap, states: Mapping[str, Sequence[SampleState]]) -> None:
+    """Count what the answers so far have cost, each once however often it is counted."""
+    for state in distinct_states(states):
+        for key, record in state.records:
+            cap.count(key, record["cost"])
 
 
 def refuses_all(config: TeacherConfig, num_refused: int, problem: str) -> ConfigError:
@@ -100,10 +108,7 @@ class Teacher:
     async def ask_async(self, prompts: Mapping[str, TeacherPrompt]) -> TeacherRun:
         """:meth:`ask` inside an event loop."""
         states = sample_states(self.config, prompts, self.journal)
-        for samples in states.values():
-            for state in samples:
-                for key, record in state.records:
-                    self.cap.count(key, record["cost"])
+        count_paid(self.cap, states)
         self.has_answered = self.has_answered or any_answered(states)
         todo = open_states(states)
         asking = _Asking(self, todo)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.errors import AnnotationsPending, EngineError, KA2LError
-from ka2l.teacher import NUM_TO_BLAME_ENDPOINT, check_cap, refuses_all
+from ka2l.teacher import NUM_TO_BLAME_ENDPOINT, check_cap, count_paid, refuses_all
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_faults import fault_of, redact, status_fault
 from ka2l.teacher_limits import MoneyCap
@@ -146,10 +146,7 @@ def _next_job(
 ) -> _Job | None:
     """The batch under way, else the one to hand in next, else None."""
     states = sample_states(config, prompts, journal)
-    for samples in states.values():
-        for state in samples:
-            for key, record in state.records:
-                cap.count(key, record["cost"])
+    count_paid(cap, states)
     texts = {prompt.sha256(): prompt for prompt in prompts.values()}.values()
     first_keys = sorted(request_key(config, prompt, i, 0, False) for prompt in texts for i in range(config.num_samples))
     set_key = hashlib.sha256(f"batch {config.base_url} {' '.join(first_keys)}".encode()).hexdigest()

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import Any, NamedTuple
 
 from ka2l.seeds import row_seed
-from ka2l.teacher import check_cap
+from ka2l.teacher import check_cap, count_paid
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_limits import MoneyCap
 from ka2l.teacher_reply import (
@@ -79,10 +79,7 @@ class LocalTeacher:
             KA2LError: as ``complete`` does; asking again goes on where it ended.
         """
         states = sample_states(self.config, prompts, self.journal)
-        for samples in states.values():
-            for state in samples:
-                for key, record in state.records:
-                    self.cap.count(key, record["cost"])
+        count_paid(self.cap, states)
         stopped, num_requests = None, 0
         while stopped is None and (todo := open_states(states)):
             num_asked = self._ask_once(todo)

@@ -276,22 +276,25 @@ def sample_states(
 
 def any_answered(states: Mapping[str, Sequence[SampleState]]) -> bool:
     """Whether the journal holds any reply to these prompts, usable or not."""
-    records = (record for samples in states.values() for state in samples for _, record in state.records)
+    records = (record for state in distinct_states(states) for _, record in state.records)
     return any(record["num_completion_tokens"] > 0 for record in records)
+
+
+def distinct_states(states: Mapping[str, Sequence[SampleState]]) -> list[SampleState]:
+    """Every sample once, in order: prompts of the same text share theirs."""
+    return list({id(state): state for samples in states.values() for state in samples}.values())
 
 
 def open_states(states: Mapping[str, Sequence[SampleState]]) -> list[SampleState]:
     """The distinct samples that are still to be asked, in order."""
-    distinct = {id(state): state for samples in states.values() for state in samples}
-    return [state for state in distinct.values() if state.result() is None]
+    return [state for state in distinct_states(states) if state.result() is None]
 
 
 def usage(states: Mapping[str, Sequence[SampleState]]) -> Usage:
     """What the answers so far have taken."""
-    distinct = {id(state): state for samples in states.values() for state in samples}
     records = [
         record
-        for state in distinct.values()
+        for state in distinct_states(states)
         for _, record in state.records
         if record.get("prompt_id", state.prompt_id) in states
     ]

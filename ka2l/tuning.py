@@ -423,11 +423,11 @@ def _uses_bfloat16(config: TuningConfig) -> bool:
     import torch
 
     if config.dtype == "auto":
-        return bool(torch.cuda.is_bf16_supported()) if _use_gpu(config) else _cpu_has_bfloat16()
+        return bool(torch.cuda.is_bf16_supported()) if _use_gpu(config) else cpu_has_bfloat16()
     return config.dtype == "bfloat16"
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; elsewhere it is emulated and slower than float32."""
     import torch
 

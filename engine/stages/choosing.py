@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
+from engine.meter import workers
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
-from ka2l.annotation import Annotator, AnnotatorConfig
+from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
@@ -110,7 +111,7 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
         close = getattr(annotator, "close", lambda: None)
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
-            ended.enter_context(campaign.meter.hold(*_held(campaign.config.annotator)))
+            ended.enter_context(campaign.meter.hold(*workers("annotate", campaign.config)))
             ended.callback(close)
             for index, batch in enumerate(batches):
                 name = shard_name(index)
@@ -143,14 +144,6 @@ def annotate(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-def _held(config: AnnotatorConfig) -> tuple[float, float]:
-    """CPUs and GPUs of the run that an annotator's workers hold."""
-    if config.kind != "local_teacher":
-        return 0.0, 0.0
-    engine = config.engine
-    return engine.replicas * engine.cpus_per_replica, engine.replicas * engine.gpus_per_replica
-
-
 def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
     """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
     cost = {"annotations": float(num_annotated)}
@@ -175,8 +168,7 @@ def annotator_fields(campaign: Campaign) -> dict[str, Any]:
     that lies."""
     config = campaign.config.annotator
     fields = config.result_fields()
-    path = campaign.reference_table_path() if campaign.config.decoder.kind != "none" else None
-    if path:
+    if path := campaign.reference_table_path():
         fields["reference_table"] = content_identity(path)
     if config.kind == "local_teacher":
         assert config.teacher is not None
@@ -204,7 +196,7 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
         campaign.run,
         round_index,
         reveal,
-        campaign.reference_table_path() if config.decoder.kind != "none" else None,
+        campaign.reference_table_path(),
         make_tasks,
         config.equivalence,
         config.budget.money,

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from actors.decoder import decode_states, extract_states
 from actors.shards import wait_until_free
@@ -18,7 +17,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
-from engine.stages.tables import layers_of, load_stage_probe, make_table, shard_states, states_of
+from engine.stages.tables import kept_questions, layers_of, load_stage_probe, make_table, shard_states, states_of
 from ka2l.decoding import (
     GATES,
     NearestStates,
@@ -30,7 +29,7 @@ from ka2l.decoding import (
     needs_mark,
 )
 from ka2l.pool import question_key
-from ka2l.records import DECODED
+from ka2l.records import DECODED, stored_states
 from ka2l.seeds import row_seed
 
 _UNKNOWN = 0.5
@@ -97,7 +96,7 @@ def decode(campaign: Campaign, round_index: int) -> None:
         seed = row_seed(config.seed, round_index, "decode", "")
         variants = make_variants(ids, states[:, 0], config.decoder, seed)
         drafts = _Drafts(variants, _decode(campaign, source.round_index, variants, seed, campaign.log_path(stage)))
-        cost = _gate_drafts(campaign, round_index, drafts, layer, earlier, campaign.log_path(stage))
+        cost = _gate_drafts(campaign, round_index, drafts, layer, campaign.log_path(stage))
         num_wanted = int(config.decoder.share * len(parents))
         kept = _best(drafts, num_wanted)
         drafts.stop(drafts.left, np.isin(drafts.left, kept), "surplus")
@@ -137,9 +136,7 @@ def _decode(
         )
 
 
-def _gate_drafts(
-    campaign: Campaign, round_index: int, drafts: _Drafts, layer: int, earlier: Sequence[Stage], log: str
-) -> dict[str, float]:
+def _gate_drafts(campaign: Campaign, round_index: int, drafts: _Drafts, layer: int, log: str) -> dict[str, float]:
     """Let drafts through the gates; returns what the forward pass took."""
     config = campaign.config
     questions, extracted = campaign.stage("questions"), campaign.stage("extract", round_index)
@@ -149,7 +146,7 @@ def _gate_drafts(
         drafts.left, np.array([is_well_formed(drafts.questions[i], marked=marked) for i in drafts.left]), "malformed"
     )
 
-    before = [text for stage in earlier for text in _kept(stage)["question"].to_pylist()]
+    before = [text for index in range(round_index) for text in kept_questions(campaign, index)["question"].to_pylist()]
     wanted = {question_key(drafts.questions[row]) for row in drafts.left}
     taken = {question_key(text) for text in before}
     taken |= {key for _, keys in pool_keys(questions) for key in keys if key in wanted}
@@ -164,11 +161,11 @@ def _gate_drafts(
     have = {text: row for row, text in enumerate(table["question"].to_pylist())}
     drafts.stop(rows, np.array([text in have for text in texts]), "malformed")
     rows = drafts.left
-    states = shard_states_of(table)
+    states = stored_states(table)[:, 0]
     mine = states[[have[drafts.questions[row]] for row in rows]]
     near = NearestStates(mine, _centre(extracted, layer))
+    column = layers_of(extracted).index(layer)
     for name in extracted.shard_names():
-        column = layers_of(extracted).index(layer)
         near.add(shard_states(read_shard(extracted.url, name), extracted)[:, column])
     near.add(states[[have[text] for text in before if text in have]])
     probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
@@ -205,12 +202,6 @@ def _states(
         return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
 
 
-def shard_states_of(table: pa.Table) -> np.ndarray:
-    """States of one layer, shape (num_rows, D)."""
-    column = table["states"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
-
-
 def _centre(extracted: Stage, layer: int) -> np.ndarray:
     """Mean state of the pool, shape (D,)."""
     column, total, count = layers_of(extracted).index(layer), 0.0, 0
@@ -230,11 +221,6 @@ def _best(drafts: _Drafts, num_wanted: int) -> list[int]:
         turns.append((turn[parent], row))
         turn[parent] += 1
     return [row for _, row in sorted(turns, key=lambda item: item[0])][:num_wanted]
-
-
-def _kept(stage: Stage) -> pa.Table:
-    table = stage.table()
-    return table.filter(pc.equal(table["gate"], "kept"))
 
 
 def _metrics(drafts: _Drafts) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
-from engine.stages.tables import by_id, layers_of, load_stage_probe, shard_states, states_of
+from engine.stages.tables import by_id, load_stage_probe, states_of
 from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
 from ka2l.evidence import combine, doubt
 from ka2l.seeds import row_seed
@@ -25,19 +25,24 @@ class Judged(NamedTuple):
     """One of correctness.QUADRANTS."""
 
 
-def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable[[str], dict[str, Judged]] | None:
-    """Judges a shard's questions by a correctness head that is fitted on what has been annotated; None where no
-    annotated question has an answer of the base model to grade.
+#: (ids, states of the base model at its probe's layer, shape (N, D), clusters of own answers by id) -> by id.
+Judge = Callable[[Sequence[str], np.ndarray, Mapping[str, Sequence[int]]], dict[str, Judged]]
+
+
+def answered_wrongly(graded: Stage) -> dict[str, bool]:
+    """Whether the base model's own answer was wrong, of the annotated questions that it was sampled on."""
+    table = graded.table(["question_id", "correct"])
+    return {name: not correct for name, correct in by_id(table, "correct").items() if correct is not None}
+
+
+def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Judge | None:
+    """Judges questions by a correctness head that is fitted on what has been annotated; None where no annotated
+    question has an answer of the base model to grade.
 
     Both axes are the base model's: later states have been told the answers of the annotated questions.
     """
     base, probed = campaign.stage("extract", 0), campaign.stage("probe", 0)
-    layer = probed.require().metrics["layer"]
-    wrong = {
-        row["question_id"]: not row["correct"]
-        for row in graded.table(["question_id", "correct"]).to_pylist()
-        if row["correct"] is not None
-    }
+    wrong = answered_wrongly(graded)
     if not wrong:
         return None
     fitted = load_stage_probe(campaign, probed)
@@ -45,7 +50,7 @@ def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable
     def evidence(ids: Sequence[str], states: np.ndarray, semantic_ids: Mapping[str, Sequence[int]]) -> np.ndarray:
         return combine(fitted.predict_logit(states), own_doubt=own_doubts(semantic_ids, ids))
 
-    ids, states = states_of(base, list(wrong), layer)
+    ids, states = states_of(base, list(wrong), fitted.layer)
     sampled = graded.table(["question_id", "semantic_ids"])
     sampled = sampled.filter(pc.is_in(sampled["question_id"], pa.array(ids, pa.string())))
     head = fit_correctness(
@@ -55,12 +60,8 @@ def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Callable
         row_seed(campaign.config.seed, round_index, "correctness", ""),
     )
 
-    def judge(name: str) -> dict[str, Judged]:
-        rows = read_shard(base.url, name)
-        ids = rows["question_id"].to_pylist()
-        states = shard_states(rows, base)[:, layers_of(base).index(layer)]
-        own = by_id(read_shard(graded.url, name, ["question_id", "semantic_ids"]), "semantic_ids")
-        doubts = evidence(ids, states, own)
+    def judge(ids: Sequence[str], states: np.ndarray, semantic_ids: Mapping[str, Sequence[int]]) -> dict[str, Judged]:
+        doubts = evidence(ids, states, semantic_ids)
         p_wrong = head.predict(states, doubts)
         return dict(zip(ids, map(Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
-from engine.stages.judging import count_revealed, own_doubts, second_axis
+from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     annotated_ids,
     by_id,
@@ -157,20 +157,20 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
             states = shard_states(table, extracted)
             logits = fitted.predict_logit(states)
             later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
+            score, judged = combine(logits), {}
             if graded:
                 rows = read_shard(base.url, name)
+                base_ids = rows["question_id"].to_pylist()
                 chosen = shard_states(rows, base)[:, layers_of(base).index(informed.layer)]
-                then = dict(zip(rows["question_id"].to_pylist(), informed.predict_logit(chosen), strict=True))
-                sampled = read_shard(graded[0].url, name, ["question_id", "semantic_ids"])
+                then = dict(zip(base_ids, informed.predict_logit(chosen), strict=True))
+                sampled = by_id(read_shard(graded[0].url, name, ["question_id", "semantic_ids"]), "semantic_ids")
                 score = combine(
                     np.array([then.get(question_id, 0.0) for question_id in ids]),
                     [*later, logits],
-                    own_doubts(by_id(sampled, "semantic_ids"), ids),
+                    own_doubts(sampled, ids),
                 )
-            else:
-                score = combine(logits)
+                judged = second(base_ids, chosen, sampled) if second else {}
             components = fitted.pca(states)
-            judged = second(name) if second else {}
             columns = {
                 "question_id": table["question_id"],
                 "split": table["split"],
@@ -208,11 +208,7 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
         row["question_id"]: (row["unknown"], row["probe_split"])
         for row in campaign.stage("label", 0).table().to_pylist()
     }
-    wrong = {
-        row["question_id"]: (not row["correct"], "train")
-        for row in graded.table(["question_id", "correct"]).to_pylist()
-        if row["correct"] is not None
-    }
+    wrong = {question_id: (is_wrong, "train") for question_id, is_wrong in answered_wrongly(graded).items()}
     layer = campaign.stage("probe", 0).require().metrics["layer"]
     ids, states = states_of(base, [*labels, *wrong], layer)
     known = labels | wrong
@@ -234,16 +230,14 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     """
     names = sorted(stage.finished_shards())
     table = pa.concat_tables(
-        [
-            read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown", "p_wrong", "quadrant"])
-            for name in names
-        ]
+        [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown", "quadrant"]) for name in names]
     )
     scored = table.filter(pc.equal(table["split"], "eval"))
     candidates = table.filter(pc.equal(table["split"], "candidate"))
     fact_of = facts(campaign)
     ranked = {fact_of[name]: score for name, score in by_id(candidates, "score").items() if fact_of[name] is not None}
-    annotated = {fact_of.get(name) for name in annotated_ids(campaign, round_index)} - {None}
+    bought = annotated_ids(campaign, round_index)
+    annotated = {fact_of.get(name) for name in bought} - {None}
     correct = eval_grades(campaign, round_index)
     pairs = [
         (not correct[name], ranked.get(fact_of[name], own))
@@ -263,8 +257,6 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
         )
         metrics |= {"auroc_wrong": estimate.value, "auroc_wrong_ci": [estimate.low, estimate.high]}
     if round_index and candidates.num_rows and not candidates["quadrant"].null_count:
-        left = candidates.filter(
-            pc.invert(pc.is_in(candidates["question_id"], pa.array(annotated_ids(campaign, round_index), pa.string())))
-        )
+        left = candidates.filter(pc.invert(pc.is_in(candidates["question_id"], pa.array(bought, pa.string()))))
         metrics["quadrants"] = {name: left["quadrant"].to_pylist().count(name) for name in QUADRANTS}
     return metrics

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
 from ka2l.probe import Probe, load_probe
-from ka2l.records import DECODED
+from ka2l.records import DECODED, stored_layers, stored_states
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:
@@ -104,13 +104,9 @@ def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None)
 
 def shard_states(table: pa.Table, extracted: Stage) -> np.ndarray:
     """States of a shard, shape (num_rows, num_layers, width)."""
-    column = table["states"].combine_chunks()
-    num_layers = len(layers_of(extracted))
-    width = column.type.list_size // num_layers
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
+    return stored_states(table, len(layers_of(extracted)))
 
 
 def layers_of(extracted: Stage) -> list[int]:
     path = f"{extracted.path}/{extracted.shard_names()[0]}"
-    schema = pq.read_schema(path, filesystem=extracted.run.fs)
-    return [int(layer) for layer in schema.field("states").metadata[b"layers"].split(b",")]
+    return stored_layers(pq.read_schema(path, filesystem=extracted.run.fs))

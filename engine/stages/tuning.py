@@ -11,6 +11,7 @@ from actors.shards import wait_until_free
 from actors.trainer import run_canary, run_training, write_rows
 from engine.artifacts import Stage
 from engine.campaign import Campaign, Outcome, commit_stage
+from engine.meter import workers
 from engine.stages.tables import adapter_input, by_id
 from ka2l.canary import check_canary
 from ka2l.models import load_tokenizer
@@ -79,8 +80,8 @@ def _train(
     campaign: Campaign, stage: Stage, prompter: Prompter, scratch: Path, output: Path, round_index: int
 ) -> dict[str, Any]:
     config = campaign.config
-    cpus, gpus = (config.tuning.workers * n for n in (config.tuning.cpus_per_worker, config.tuning.gpus_per_worker))
-    with campaign.events.progress(stage.label, 1, "steps") as progress, campaign.meter.hold(cpus, gpus):
+    held = workers("tune", config)
+    with campaign.events.progress(stage.label, 1, "steps") as progress, campaign.meter.hold(*held):
 
         def on_progress(report: dict[str, Any]) -> None:
             if "step" in report:

@@ -16,11 +16,12 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from journals import Memory
 
 from engine.artifacts import RunDirectory
 from ka2l.annotation_teacher import TeacherAnnotator
@@ -126,13 +127,6 @@ def is_up(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-class Memory(dict[str, Mapping[str, Any]]):
-    """A journal that lasts as long as the test."""
-
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        self[key] = json.loads(json.dumps(record))
 
 
 def annotator(server: Server, journal: Memory, key: str = KEY, **fields: Any) -> TeacherAnnotator:

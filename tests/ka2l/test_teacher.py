@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from journals import Memory
 from pydantic import ValidationError
 
 from engine.journal import FileJournal
@@ -30,13 +31,6 @@ from ka2l.teacher_request import ShortAnswer, TeacherPrompt, cost_bound, request
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 Servers = Callable[..., Any]
-
-
-class Memory(dict[str, Mapping[str, Any]]):
-    """A journal that lasts as long as the test."""
-
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        self[key] = json.loads(json.dumps(record))
 
 
 def configured(server: Any, **fields: Any) -> TeacherConfig:

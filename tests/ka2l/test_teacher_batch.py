@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
+from journals import Killed, Memory
 
 from ka2l.annotation_teacher import TeacherAnnotator
 from ka2l.equivalence import LexicalEquivalence
@@ -22,22 +22,6 @@ from ka2l.teacher_request import ShortAnswer, TeacherPrompt, cost_bound, request
 
 Servers = Callable[..., Any]
 COST = (20 * 1.0 + 10 * 2.0) / 1e6  # of the server's usage figures
-
-
-class Memory(dict[str, Mapping[str, Any]]):
-    """A journal that lasts as long as the test; ``dies_at`` is the put that a kill comes before."""
-
-    dies_at = 0
-
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        self.dies_at -= 1
-        if self.dies_at == 0:
-            raise Killed
-        self[key] = json.loads(json.dumps(record))
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 def configured(server: Any, **fields: Any) -> TeacherConfig:

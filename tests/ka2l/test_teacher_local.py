@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import pytest
+from journals import Killed, Memory
 
 from ka2l.annotation_teacher import TeacherAnnotator
 from ka2l.equivalence import LexicalEquivalence
@@ -19,22 +20,6 @@ from ka2l.teacher_request import cost_bound
 
 PRICES = {"input_per_million": 1.0, "output_per_million": 2.0}
 COST = (20 * 1.0 + 10 * 2.0) / 1e6
-
-
-class Memory(dict[str, Mapping[str, Any]]):
-    """A journal; ``dies_at`` is the put that a kill comes before."""
-
-    dies_at = 0
-
-    def put(self, key: str, record: Mapping[str, Any]) -> None:
-        self.dies_at -= 1
-        if self.dies_at == 0:
-            raise Killed
-        self[key] = json.loads(json.dumps(record))
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 class Model:
