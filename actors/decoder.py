@@ -67,7 +67,7 @@ def run_decoder_training(
         on_progress: called in a thread of this process with what `train_decoder` reports.
 
     Returns:
-        What `train_decoder` returns, and the `fidelity` to held-out questions.
+        What `train_decoder` returns, the `fidelity` to held-out questions, and the ``noise`` of noised states.
 
     Raises:
         KA2LError: as a worker raised it.
@@ -90,7 +90,7 @@ def run_decoder_training(
 
 
 def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    from ka2l.decoder_training import fidelity, load_decoder, train_decoder
+    from ka2l.decoder_training import calibrate_noise, fidelity, load_decoder, train_decoder
 
     config = DecoderConfig(**arguments["config"])
     set_num_threads(config.cpus_per_worker)
@@ -105,7 +105,8 @@ def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
         config,
         trust_remote_code=arguments["trust_remote_code"],
     )
-    return metrics | fidelity(decoder.decode(unseen, arguments["seed"]), asked)
+    noise = calibrate_noise(decoder, unseen, arguments["seed"]) if config.noise is None else config.noise
+    return metrics | fidelity(decoder.decode(unseen, arguments["seed"]), asked) | {"noise": noise}
 
 
 def decode_states(

@@ -61,6 +61,13 @@ ARMS: dict[str, list[str]] = {
     ],
     "random": [*HELP_COMMON, "decoder.kind=none", "selection.kind=random"],
 }
+#: Arms that ask the base model what another has asked it already.
+BASE_OF = {
+    "self_inversion": "inversion",
+    "half_decoded": "pool_only",
+    "all_decoded": "pool_only",
+    "random": "pool_only",
+}
 AGAIN = ".again"
 
 
@@ -99,7 +106,7 @@ def finished(arm: str, seed: int, work: Path) -> dict[str, Any]:
         if not pool.exists():
             pool_with_paraphrases(settings, pool)
         settings.append(f"pool.path={pool}")
-    run_arm(folder, settings)
+    run_arm(folder, settings, folder.parent / BASE_OF[arm] if arm in BASE_OF else None)
     return digest(folder)
 
 
@@ -113,7 +120,7 @@ def digest(folder: Path) -> dict[str, Any]:
 
     decoder, decoded = metrics("decoder", 0), metrics("decode", 0)
     accuracy = ("accuracy", "accuracy_in_pool", "accuracy_outside", "num_outside")
-    fidelity = ("layer", "exact_match", "token_f1", "bleu", "num_held_out", "num_pairs", "training_seconds")
+    fidelity = ("layer", "noise", "exact_match", "token_f1", "bleu", "num_held_out", "num_pairs", "training_seconds")
     return {
         "num_annotated": metrics("annotate", 0)["num_annotated"],
         "probe_auroc": metrics("probe", 0)["auroc"],

@@ -21,7 +21,10 @@ QUADRANTS = ("known", "unknown", "confidently_wrong", "lucky")
 
 #: Inverse strength of the L2 penalty, on standardised states divided by the square root of their width.
 _INVERSE_PENALTY = 1.0
-_NUM_FOLDS = 5
+_MAX_FOLDS = 5
+#: Mistakes among the confident answers, and right ones, from which on there is a classifier. Two of a kind are little,
+#: but confident mistakes are rare, and what it says of them leads exploration to more.
+_MIN_OF_EACH = 2
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,8 @@ def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray,
 
     For the classifier count only those that were answered with certainty, each by how far P(unknown) is below one
     half: however little the many uncertain ones counted, together they would drown the few confident mistakes. It is a
-    logistic regression with Platt's calibration on out-of-fold scores; fewer than five confident answers that are
-    right, or five that are wrong, are too few for one.
+    logistic regression with Platt's calibration on out-of-fold scores; fewer than two confident answers that are
+    right, or two that are wrong, are too few for one.
 
     Args:
         states: of the base model, shape (n, D).
@@ -91,10 +94,12 @@ def fit_correctness(states: np.ndarray, evidence: np.ndarray, wrong: np.ndarray,
     scale = deviation * np.sqrt(states.shape[1])
     sure = certain > 0
     classifier = None
-    if min((wrong & sure).sum(), (~wrong & sure).sum()) >= _NUM_FOLDS:
+    fewest = int(min((wrong & sure).sum(), (~wrong & sure).sum()))
+    if fewest >= _MIN_OF_EACH:
+        folds = StratifiedKFold(min(_MAX_FOLDS, fewest), shuffle=True, random_state=seed)
         classifier = CalibratedClassifierCV(
             LogisticRegression(C=_INVERSE_PENALTY, max_iter=1000),
-            cv=StratifiedKFold(_NUM_FOLDS, shuffle=True, random_state=seed),
+            cv=folds,
             ensemble=False,
         )
         classifier.fit(((states - mean) / scale)[sure], wrong[sure], sample_weight=certain[sure])

@@ -42,15 +42,18 @@ class Variant(NamedTuple):
     """Shape (D,)."""
 
 
-def make_variants(ids: Sequence[str], states: np.ndarray, config: DecoderConfig, seed: int) -> list[Variant]:
+def make_variants(
+    ids: Sequence[str], states: np.ndarray, config: DecoderConfig, seed: int, *, spread: np.ndarray, noise: float
+) -> list[Variant]:
     """The states to decode, ordered by kind and then as the parents come.
 
     Args:
         ids: unknown questions.
         states: their states, shape (N, D).
         seed: what noise and mixtures derive from, together with the parent's id: other parents never change them.
+        spread: standard deviation of the layer's states over the pool, shape (D,).
+        noise: standard deviation of the noise, in units of ``spread``.
     """
-    spread = states.std(axis=0) if len(ids) > 1 else np.zeros(states.shape[1], states.dtype)
     neighbours = _neighbours(states, spread)
     sampled, noised, mixed = [], [], []
     for row, question_id in enumerate(ids):
@@ -58,8 +61,8 @@ def make_variants(ids: Sequence[str], states: np.ndarray, config: DecoderConfig,
         state = states[row]
         sampled += [Variant([question_id], "sampled", state)] * config.num_sampled
         for _ in range(config.num_noised):
-            noise = config.noise * spread * rng.standard_normal(len(state))
-            noised.append(Variant([question_id], "noised", (state + noise).astype(states.dtype)))
+            moved = state + noise * spread * rng.standard_normal(len(state))
+            noised.append(Variant([question_id], "noised", moved.astype(states.dtype)))
         for other in rng.permutation(neighbours[row])[: config.num_interpolated]:
             share = rng.uniform(*_MIXTURE)
             mixture = (1 - share) * state + share * states[other]

@@ -33,7 +33,7 @@ class SelectionConfig(Section):
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
     """``probe_diverse`` chooses among this many times the budget of the most likely unknown."""
-    explore: float = Field(0.1, ge=0, le=1)
+    explore: float = Field(0.15, ge=0, le=1)
     """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
     learnt wrongly. The last round does not explore."""
 
@@ -151,7 +151,8 @@ def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionCo
     """The most likely answered wrongly, and a share of the budget drawn from what looks known.
 
     Before anything is annotated, the most evidence for unknown stands in. The explored questions are drawn without
-    replacement, each with a weight of 1 - P(unknown), and spread over the ranks.
+    replacement, each with a weight of P(known), later P(known) P(wrong), as active testing draws in proportion to the
+    expected loss (Kossen et al. 2021, arXiv 2103.05331), and spread over the ranks.
     """
     import numpy as np
     from scipy.special import expit
@@ -162,7 +163,10 @@ def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionCo
     best, rest = order[: budget - num_explored], order[budget - num_explored :]
     # Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis 2006).
     draws = np.log(_tie_breakers([candidates.question_ids[row] for row in rest], seed + 1) + 2.0**-64)
-    keys = draws / expit(-np.asarray(candidates.score, dtype=np.float64)[rest])
+    weights = expit(-np.asarray(candidates.score, dtype=np.float64))
+    if candidates.p_wrong is not None:
+        weights = weights * np.maximum(candidates.p_wrong, 2.0**-64)
+    keys = draws / weights[rest]
     explored = rest[np.argsort(-keys, kind="stable")[:num_explored]]
     places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in (best, explored)])
     indices = np.concatenate([best, explored])[np.argsort(places, kind="stable")]

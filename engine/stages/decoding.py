@@ -94,9 +94,11 @@ def decode(campaign: Campaign, round_index: int) -> None:
         parents = chosen.table(["question_id", "rank"]).sort_by("rank")["question_id"].to_pylist()
         ids, states = states_of(extracted, parents, layer)
         seed = row_seed(config.seed, round_index, "decode", "")
-        variants = make_variants(ids, states[:, 0], config.decoder, seed)
+        centre, spread = _moments(extracted, layer)
+        noise = float(source.require().metrics["noise"])
+        variants = make_variants(ids, states[:, 0], config.decoder, seed, spread=spread, noise=noise)
         drafts = _Drafts(variants, _decode(campaign, source.round_index, variants, seed, campaign.log_path(stage)))
-        cost = _gate_drafts(campaign, round_index, drafts, layer, campaign.log_path(stage))
+        cost = _gate_drafts(campaign, round_index, drafts, layer, centre, campaign.log_path(stage))
         num_wanted = int(config.decoder.share * len(parents))
         kept = _best(drafts, num_wanted)
         drafts.stop(drafts.left, np.isin(drafts.left, kept), "surplus")
@@ -136,7 +138,9 @@ def _decode(
         )
 
 
-def _gate_drafts(campaign: Campaign, round_index: int, drafts: _Drafts, layer: int, log: str) -> dict[str, float]:
+def _gate_drafts(
+    campaign: Campaign, round_index: int, drafts: _Drafts, layer: int, centre: np.ndarray, log: str
+) -> dict[str, float]:
     """Let drafts through the gates; returns what the forward pass took."""
     config = campaign.config
     questions, extracted = campaign.stage("questions"), campaign.stage("extract", round_index)
@@ -163,7 +167,7 @@ def _gate_drafts(campaign: Campaign, round_index: int, drafts: _Drafts, layer: i
     rows = drafts.left
     states = stored_states(table)[:, 0]
     mine = states[[have[drafts.questions[row]] for row in rows]]
-    near = NearestStates(mine, _centre(extracted, layer))
+    near = NearestStates(mine, centre)
     column = layers_of(extracted).index(layer)
     for name in extracted.shard_names():
         near.add(shard_states(read_shard(extracted.url, name), extracted)[:, column])
@@ -202,13 +206,14 @@ def _states(
         return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
 
 
-def _centre(extracted: Stage, layer: int) -> np.ndarray:
-    """Mean state of the pool, shape (D,)."""
-    column, total, count = layers_of(extracted).index(layer), 0.0, 0
+def _moments(extracted: Stage, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of the pool's states, both of shape (D,)."""
+    from sklearn.preprocessing import StandardScaler
+
+    column, scaler = layers_of(extracted).index(layer), StandardScaler()
     for name in extracted.shard_names():
-        states = shard_states(read_shard(extracted.url, name), extracted)[:, column].astype(np.float64)
-        total, count = total + states.sum(axis=0), count + len(states)
-    return np.asarray(total / max(1, count))
+        scaler.partial_fit(shard_states(read_shard(extracted.url, name), extracted)[:, column].astype(np.float64))
+    return np.asarray(scaler.mean_), np.sqrt(np.asarray(scaler.var_))
 
 
 def _best(drafts: _Drafts, num_wanted: int) -> list[int]:

@@ -72,7 +72,7 @@ def test_a_confident_answer_is_held_right_until_annotation_has_shown_others() ->
     assert sure < 0.1 < 0.9 < unsure
 
 
-@pytest.mark.parametrize("wrong", [np.zeros(8, bool), np.ones(8, bool), np.arange(8) < 2])
+@pytest.mark.parametrize("wrong", [np.zeros(8, bool), np.ones(8, bool), np.arange(8) < 1])
 def test_too_few_mistakes_or_right_answers_give_the_base_rate(wrong: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     head = fit_correctness(rng.normal(size=(8, 4)), np.full(8, -2.0), wrong, seed=0)
@@ -80,6 +80,18 @@ def test_too_few_mistakes_or_right_answers_give_the_base_rate(wrong: np.ndarray)
     assert np.isfinite(predicted).all()
     assert np.ptp(predicted) == pytest.approx(0.0)
     assert abs(predicted[0] - wrong.mean()) < 0.3
+
+
+def test_two_confident_mistakes_already_show_where_others_are() -> None:
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(40, 16))
+    wrong = np.arange(40) < 2
+    states[wrong, 0] += 6
+    head = fit_correctness(states, np.full(40, -5.0), wrong, seed=0)
+    others = rng.normal(size=(20, 16))
+    others[:10, 0] += 6
+    predicted = head.predict(others, np.full(20, -5.0))
+    assert predicted[:10].min() > predicted[10:].max()
 
 
 def test_constant_states_and_no_questions_to_predict_are_no_trouble() -> None:

@@ -59,6 +59,30 @@ def test_a_decoder_reads_questions_from_states_it_never_saw(
     assert measured["token_f1"] >= measured["exact_match"]
 
 
+def test_noise_is_the_least_that_makes_most_questions_other_ones(
+    tiny_models: Callable[..., Path], tmp_path: Path
+) -> None:
+    from ka2l.decoder_training import calibrate_noise, load_decoder, train_decoder
+
+    model = str(tiny_models("llama-2"))
+    states, questions = pairs()
+    config = settings(num_epochs=12.0)
+    train_decoder(model, states, questions, config, str(tmp_path), 0)
+    decoder = load_decoder(str(tmp_path), model, WIDTH, config)
+    noise = calibrate_noise(decoder, states, 0)
+
+    own = decoder.decode(states, 0)
+    spread = states.std(axis=0)
+
+    def share_unmoved(size: float) -> float:
+        moved = states + size * spread * np.random.default_rng(7).standard_normal(states.shape)
+        return float(np.mean(np.array(decoder.decode(moved.astype(np.float32), 0)) == np.array(own)))
+
+    assert share_unmoved(noise) < 0.15
+    assert share_unmoved(noise / 2) > 0.15
+    assert calibrate_noise(decoder, states, 0) == noise
+
+
 def test_going_on_from_a_decoder_starts_where_it_ended(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
     from ka2l.decoder_training import train_decoder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ka2l.decoder_config import DecoderConfig
-from ka2l.decoding import NearestStates, diversity, first_of_text, is_well_formed, make_variants, needs_mark
+from ka2l.decoding import NearestStates, Variant, diversity, first_of_text, is_well_formed, make_variants, needs_mark
 from ka2l.pool import question_key
 
 STATES = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
@@ -18,8 +18,12 @@ def config(**values: Any) -> DecoderConfig:
     return DecoderConfig(kind="inversion", **values)
 
 
+def variants(ids: list[str], states: np.ndarray, config: DecoderConfig, seed: int, noise: float = 0.5) -> list[Variant]:
+    return make_variants(ids, states, config, seed, spread=states.std(axis=0), noise=noise)
+
+
 def test_every_parent_gets_as_many_variants_of_each_kind_as_the_config_says() -> None:
-    made = make_variants(IDS, STATES, config(num_sampled=1, num_noised=3, num_interpolated=2), 0)
+    made = variants(IDS, STATES, config(num_sampled=1, num_noised=3, num_interpolated=2), 0)
     counts = Counter((variant.parents[0], variant.kind) for variant in made)
     assert counts == {
         (name, kind): n for name in IDS for kind, n in (("sampled", 1), ("noised", 3), ("interpolated", 2))
@@ -27,28 +31,28 @@ def test_every_parent_gets_as_many_variants_of_each_kind_as_the_config_says() ->
 
 
 def test_a_sampled_variant_is_the_parents_own_state() -> None:
-    made = make_variants(IDS, STATES, config(num_sampled=1, num_noised=0, num_interpolated=0), 0)
+    made = variants(IDS, STATES, config(num_sampled=1, num_noised=0, num_interpolated=0), 0)
     assert np.array_equal([variant.state for variant in made], STATES)
 
 
-def test_noise_has_the_size_that_the_config_gives_in_units_of_the_layers_spread() -> None:
+def test_noise_has_the_size_that_is_asked_for_in_units_of_the_layers_spread() -> None:
     states = np.random.default_rng(1).normal(size=(400, 8)).astype(np.float32) * np.arange(1, 9)
     ids = [f"q{index}" for index in range(400)]
-    made = make_variants(ids, states, config(num_sampled=0, num_noised=1, num_interpolated=0, noise=0.5), 0)
+    made = variants(ids, states, config(num_sampled=0, num_noised=1, num_interpolated=0), 0, noise=0.5)
     moved = np.stack([variant.state for variant in made]) - states
     assert moved.std(axis=0) / states.std(axis=0) == pytest.approx(0.5, rel=0.15)
 
 
 def test_noise_of_a_parent_does_not_depend_on_the_order_of_the_others() -> None:
     only_noise = config(num_sampled=0, num_noised=2, num_interpolated=0)
-    forward = {v.parents[0]: v.state for v in make_variants(IDS, STATES, only_noise, 5)}
-    backward = {v.parents[0]: v.state for v in make_variants(IDS[::-1], STATES[::-1], only_noise, 5)}
+    forward = {v.parents[0]: v.state for v in variants(IDS, STATES, only_noise, 5)}
+    backward = {v.parents[0]: v.state for v in variants(IDS[::-1], STATES[::-1], only_noise, 5)}
     for name in IDS:
         assert forward[name] == pytest.approx(backward[name], rel=1e-5)
 
 
 def test_a_mixture_lies_between_its_two_parents_and_nearer_to_the_first() -> None:
-    made = make_variants(IDS, STATES, config(num_sampled=0, num_noised=0, num_interpolated=2), 0)
+    made = variants(IDS, STATES, config(num_sampled=0, num_noised=0, num_interpolated=2), 0)
     for variant in made:
         first, second = (STATES[IDS.index(name)] for name in variant.parents)
         assert first is not second
@@ -58,7 +62,7 @@ def test_a_mixture_lies_between_its_two_parents_and_nearer_to_the_first() -> Non
 
 
 def test_one_unknown_question_alone_has_no_neighbours_to_mix_with() -> None:
-    made = make_variants(IDS[:1], STATES[:1], config(num_sampled=1, num_noised=1, num_interpolated=2), 0)
+    made = variants(IDS[:1], STATES[:1], config(num_sampled=1, num_noised=1, num_interpolated=2), 0)
     assert [variant.kind for variant in made] == ["sampled", "noised"]
 
 

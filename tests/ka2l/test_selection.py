@@ -160,7 +160,7 @@ def test_two_axis_starts_with_the_evidence_for_unknown_where_nothing_is_annotate
 
 
 def test_two_axis_explores_a_share_of_what_looks_known_spread_over_the_ranks() -> None:
-    score = np.concatenate([np.full(100, 5.0), np.full(100, -5.0), np.full(100, 2.0)])
+    score = np.concatenate([np.full(100, 50.0), np.full(100, -5.0), np.full(100, 2.0)])
     p_wrong = np.concatenate([np.full(100, 0.9), np.full(200, 0.1)])
     candidates = make_candidates(300)._replace(score=score, p_wrong=p_wrong)
     known = np.zeros(300, dtype=bool)
@@ -172,6 +172,19 @@ def test_two_axis_explores_a_share_of_what_looks_known_spread_over_the_ranks() -
         assert all(np.isin(part, np.flatnonzero(p_wrong < 0.5)).sum() == 2 for part in chosen.reshape(5, 10))
         seen.update(chosen[known[chosen]].tolist())
     assert len(seen) > 30  # of 50 drawn: mostly known ones, and others each time
+
+
+def test_two_axis_explores_most_where_known_mistakes_are_like() -> None:
+    score = np.concatenate([np.full(100, 5.0), np.full(200, -5.0)])
+    p_wrong = np.concatenate([np.full(100, 0.95), np.full(20, 0.4), np.full(180, 0.02)])
+    candidates = make_candidates(300)._replace(score=score, p_wrong=p_wrong)
+    likely = np.zeros(300, dtype=bool)
+    likely[100:120] = True
+    chosen = [pick(candidates, "two_axis", 50, seed=seed, explore=0.2).indices for seed in range(10)]
+    explored = np.concatenate([indices[score[indices] < 0] for indices in chosen])
+    assert len(explored) > 90  # the others were unknown all the same
+    assert likely[explored].mean() > 0.4  # a tenth of what could be drawn
+    assert not likely[explored].all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
