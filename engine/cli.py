@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from engine.cluster import RaySession, cluster_address
 from ka2l.errors import (
     AnnotationsPending,
     ConfigError,
@@ -29,7 +28,7 @@ from ka2l.errors import (
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
-    from engine.config import RayConfig, RunConfig
+    from engine.config import RunConfig
     from engine.prices import PricesConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
@@ -47,7 +46,6 @@ app.add_typer(testbed_app, name="testbed")
 annotate_app = typer.Typer(help="Answer the questions that a paused run waits for.", no_args_is_help=True)
 app.add_typer(annotate_app, name="annotate")
 console = Console(stderr=True)
-_CONNECT_TIMEOUT_S = 10.0
 
 ConfigArgument = Annotated[str, typer.Argument(help="Name of a preset (quickstart, ...) or path of a YAML file.")]
 SetOption = Annotated[
@@ -60,12 +58,19 @@ RunDirArgument = Annotated[str, typer.Argument(help="Folder or URL of a run.")]
 
 
 @app.command()
-def run(config: ConfigArgument, run_dir: RunDirOption = None, overrides: SetOption = None) -> None:
+def run(
+    config: ConfigArgument,
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run that is in --run-dir already, if there is one.")
+    ] = False,
+) -> None:
     """Run a campaign: rounds of probe, select, annotate and tune, and a report at the end.
 
     Example: ka2l run quickstart --set seed=1 --run-dir runs/seed-1
     """
-    _begin(config, run_dir, overrides, only_probe=False)
+    _begin(config, run_dir, overrides, only_probe=False, go_on=go_on)
 
 
 @app.command()
@@ -90,7 +95,7 @@ def resume(
     Example: ka2l resume runs/quickstart --redo-from tune --round 1
     """
     from engine.artifacts import RunDirectory
-    from engine.config import dump_config, parse_config
+    from engine.config import parse_config
 
     target = RunDirectory(run_dir)
     text = _require(target)
@@ -98,12 +103,7 @@ def resume(
     with target.lock():
         if redo_from is not None:
             _remove_from(target, redo_from, round_index)
-        target.write_text("config.yaml", dump_config(config))
-        try:
-            _execute(target, config, only_probe=(target.read_text("mode") == "probe"))
-        except StaleStageError:
-            target.write_text("config.yaml", text)  # the one that the run was made with
-            raise
+        _go_on(target, config, text)
 
 
 @app.command()
@@ -189,7 +189,7 @@ def estimate(
         raise ConfigError(f"--json {json_path}: there is no such folder", hint="Make it first.")
     model, pool_path = _resolve_testbed(loaded)
     _check_inputs(loaded, model, pool_path)
-    with _ray(loaded, os.devnull):
+    with RaySession(loaded.ray, os.devnull):
         made = predict(loaded, model, pool_path, Console())
     if json_path is not None:
         json_path.write_text(made.as_json(), encoding="utf-8")
@@ -302,7 +302,21 @@ def _waiting(run_dir: str) -> tuple[RunConfig, Path]:
 # -- how commands work ------------------------------------------------------------------------------------------------
 
 
-def _begin(source: str, run_dir: str | None, overrides: list[str] | None, *, only_probe: bool) -> None:
+def _go_on(target: RunDirectory, config: RunConfig, text: str) -> None:
+    """Go on with a run that was made with the config in ``text``; the caller holds its lock."""
+    from engine.config import dump_config
+
+    target.write_text("config.yaml", dump_config(config))
+    try:
+        _execute(target, config, only_probe=(target.read_text("mode") == "probe"))
+    except StaleStageError:
+        target.write_text("config.yaml", text)
+        raise
+
+
+def _begin(
+    source: str, run_dir: str | None, overrides: list[str] | None, *, only_probe: bool, go_on: bool = False
+) -> None:
     from engine.artifacts import RunDirectory
     from engine.config import dump_config, load_config
 
@@ -310,6 +324,10 @@ def _begin(source: str, run_dir: str | None, overrides: list[str] | None, *, onl
     if only_probe:
         config = config.model_copy(update={"rounds": 0})  # so that nothing is sampled for tuning
     target = RunDirectory(run_dir or f"runs/{config.name}")
+    if go_on and (text := target.read_text("config.yaml")) is not None:
+        with target.lock():
+            _go_on(target, config, text)
+        return
     _refuse_old_run(target)
     model, pool_path = _resolve_testbed(config)
     _check_inputs(config, model, pool_path)
@@ -338,7 +356,7 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     events.emit("run_started", pid=os.getpid())
     campaign = Campaign(config, target, events, model, pool_path)
     try:
-        with _ray(config, f"{target.logs()}/driver.log"), campaign.hours.deadline():
+        with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             (loop.probe if only_probe else loop.run)(campaign)
     except HoursUsedUp as used_up:
         events.say(used_up.message)
@@ -374,7 +392,7 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     from ka2l.models import check_model_directory, is_directory
     from ka2l.pool_sources import find_pieces, is_dataset
 
-    _cluster_address(config.ray)
+    cluster_address(config.ray)
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)
@@ -443,77 +461,6 @@ class _steps:  # noqa: N801 - reads as a verb
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
-
-
-class _ray:  # noqa: N801 - reads as a verb
-    """Ray for the length of a command: a running cluster, or one started here and ended here."""
-
-    def __init__(self, config: RunConfig, log_path: str) -> None:
-        self.config = config.ray
-        self.log_path = log_path
-        self.stderr: Any = None
-
-    def __enter__(self) -> None:
-        self._divert_native_chatter()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        # Ray makes its workers yield to everything else; here they are the work.
-        os.environ.setdefault("RAY_worker_niceness", "0")
-        import ray
-
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        address = _cluster_address(self.config)
-        if address is not None:
-            ray.init(address=address, **quiet)
-        else:
-            # Everything Ray serves stays on this machine.
-            ray.init(address="local", num_cpus=self.config.num_cpus, include_dashboard=False,
-                     _node_ip_address="127.0.0.1", **quiet)  # fmt: skip
-        logging.getLogger("ray").setLevel(logging.ERROR)
-
-    def _divert_native_chatter(self) -> None:
-        """Native libraries write to descriptor 2 whatever Python's logging says; people read ``sys.stderr``."""
-        sys.stderr.flush()
-        self.stderr = sys.stderr
-        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
-        log = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 2)
-        os.close(log)
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.shutdown()
-        os.dup2(sys.stderr.fileno(), 2)
-        sys.stderr.close()
-        sys.stderr = self.stderr
-
-
-def _cluster_address(config: RayConfig) -> str | None:
-    """Address of a cluster meant to be joined: the config's, ``$RAY_ADDRESS``, or what ``ray start`` left here.
-
-    None where Ray is to be started here. Not ``ray.init(address="auto")``: that joins the private Ray of any other
-    program on the machine, and dies with it. Raises ConfigError where nothing answers: Ray would try for minutes.
-    """
-    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
-    started = file.read_text().strip() if file.is_file() else ""
-    wanted = os.environ.get("RAY_ADDRESS") if config.address == "auto" else config.address
-    address = wanted or started
-    if address in ("", "local"):
-        return None
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if host and port.isdecimal():
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        if not wanted:  # left behind by a cluster that has ended
-            return None
-        raise ConfigError(
-            f"no Ray cluster answers at {address}: {error}",
-            hint="Check ray.address (or RAY_ADDRESS), or set ray.address=local to start Ray here.",
-        ) from error
-    return address
 
 
 def _require(target: RunDirectory) -> str:

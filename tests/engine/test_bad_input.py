@@ -31,7 +31,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         def no_ray(*_: object) -> None:
             raise AssertionError("Ray was started for a command that cannot work")
 
-        monkeypatch.setattr(cli, "_ray", no_ray)
+        monkeypatch.setattr(cli, "RaySession", no_ray)
         monkeypatch.setattr(sys, "argv", ["ka2l", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
