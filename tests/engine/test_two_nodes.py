@@ -1,0 +1,154 @@
+"""A campaign on a cluster of two nodes, each a raylet of its own, comes to what one node comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engine.artifacts import RunDirectory
+from engine.ledger import committed_stages
+
+pytestmark = pytest.mark.slow
+
+BIN = Path(sys.executable).parent
+#: Each node has one core, and each stage wants two workers of one core.
+SPREAD = ["sampler.replicas=2", "extraction.replicas=2", "ray.address=auto"]
+
+
+class Cluster(NamedTuple):
+    address: str
+    dashboard: str
+    environment: dict[str, str]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def python(cluster: Cluster, code: str) -> Any:
+    """What a program that joins the cluster prints, as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=cluster.environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+NODES = """
+import json, ray
+ray.init(log_to_driver=False)
+print(json.dumps([node["NodeID"] for node in ray.nodes() if node["Alive"]]))
+"""
+ACTORS = """
+import collections, json, ray
+from ray.util.state import list_actors
+ray.init(log_to_driver=False)
+found = collections.defaultdict(set)
+for actor in list_actors(limit=1000, detail=True):
+    if actor.node_id:
+        found[actor.class_name].add(actor.node_id)
+print(json.dumps({name: sorted(nodes) for name, nodes in found.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head and a second node of one core each, with token authentication, apart from any other Ray here."""
+    port, dashboard = free_port(), free_port()
+    with tempfile.TemporaryDirectory(prefix="ka2l-two-") as folder:  # a socket's path must be short
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")} | {
+            "RAY_TMPDIR": folder,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_worker_niceness": "0",
+            "RAY_ADDRESS": f"127.0.0.1:{port}",
+        }
+        start = [str(BIN / "ray"), "start", "--num-cpus=1", "--node-ip-address=127.0.0.1", "--block"]
+        started = []
+
+        def begin(*words: str) -> None:
+            own = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
+            log = (Path(folder) / f"start-{len(started)}.log").open("w")
+            started.append(subprocess.Popen([*start, *words], env=own, stdout=log, stderr=log, start_new_session=True))
+
+        try:
+            begin("--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}")
+            found = Cluster(f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", environment)
+            wait_for_nodes(found, 1)
+            begin(f"--address=127.0.0.1:{port}")
+            wait_for_nodes(found, 2)
+            yield found
+        finally:
+            for process in started:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def wait_for_nodes(cluster: Cluster, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            if len(python(cluster, NODES)) == count:
+                return
+        except subprocess.CalledProcessError:
+            pass
+        assert time.monotonic() < deadline, "the nodes did not come up"
+        time.sleep(1)
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The campaign of `finished`, submitted as a job to two nodes."""
+    run_dir = tmp_path_factory.mktemp("two-nodes") / "run"
+    options = [word for item in SPREAD for word in ("--set", item)]
+    command = [
+        *(str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--"),
+        *(str(BIN / "ka2l"), "run", str(finished.files.config), "--run-dir", str(run_dir), "--resume", *options),
+    ]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return run_dir
+
+
+def test_a_submitted_job_comes_to_the_tables_of_one_node(submitted: Path, finished: Any) -> None:
+    one, two = RunDirectory(finished.run_dir), RunDirectory(submitted)
+    stages = [(stage.name, stage.round_index) for stage in committed_stages(one)]
+    assert [(stage.name, stage.round_index) for stage in committed_stages(two)] == stages
+    for name, index in stages:
+        first, second = one.stage(name, index), two.stage(name, index)
+        assert first.shard_names() == second.shard_names()
+        if first.shard_names():
+            assert first.table().equals(second.table()), f"{name} of round {index} differs"
+
+
+def test_its_workers_were_placed_on_both_nodes(submitted: Path, cluster: Cluster) -> None:
+    nodes = set(python(cluster, NODES))
+    workers = {name: set(found) for name, found in python(cluster, ACTORS).items() if "_Worker" in name}
+    assert len(nodes) == 2
+    assert workers
+    assert set.union(*workers.values()) == nodes
+
+
+def test_without_the_token_the_cluster_is_closed(cluster: Cluster, finished: Any, tmp_path: Path) -> None:
+    environment = cluster.environment | {"RAY_AUTH_TOKEN": "another-token-0123456789abcdef0123456789"}
+    done = subprocess.run(
+        [str(BIN / "ka2l"), "run", str(finished.files.config), "--run-dir", str(tmp_path / "run"), "--set",
+         "ray.address=auto"],
+        env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "token" in done.stderr
+    assert "Traceback" not in done.stderr
