@@ -102,7 +102,7 @@ def engine_shape(needs: ModelNeeds, gpu_gib: float, num_tokens: int) -> EngineSh
             return EngineShape(parts, 1.0, _USABLE)
         parts *= 2
     raise ConfigError(
-        f"the model needs {math.ceil(held_gib)} GiB for weights and KV cache; {parts // 2} GPUs of {gpu_gib:g} GiB, the "
+        f"the model needs {math.ceil(held_gib)} GiB for weights and cache; {parts // 2} GPUs of {gpu_gib:g} GiB, the "
         f"most that its {needs.num_heads} attention heads can be divided among, do not hold that",
         hint="Use GPUs with more memory, a smaller sampler.max_model_len, or a smaller model.",
     )
