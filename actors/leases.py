@@ -1,0 +1,143 @@
+"""Who of many runs on one cluster gets workers next.
+
+Runs ask for the workers of a stage and give them back when it ends. Ray alone would grant what fits first, so that a
+stage that needs a whole node waits for ever behind small ones; and it knows nothing of which run is late.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+_TINY = 1e-6
+
+
+class Capacity(NamedTuple):
+    """What a node has, or a worker takes."""
+
+    cpus: float
+    gpus: float
+
+    def holds(self, other: Capacity) -> bool:
+        return other.cpus <= self.cpus + _TINY and other.gpus <= self.gpus + _TINY
+
+
+class Request(NamedTuple):
+    """Workers that a stage wants, all at once."""
+
+    key: str
+    """Names the lease; unique among those that wait or hold."""
+    worker: Capacity
+    """Of each worker, which lies on one node whole."""
+    num_workers: int
+    min_workers: int
+    """So many are enough to begin; ``num_workers`` where the stage cannot do with fewer."""
+    priority: float = 0.0
+    """Higher goes first; of equal ones, who asked first."""
+
+
+class Grant(NamedTuple):
+    """Workers that a stage got."""
+
+    key: str
+    nodes: tuple[str, ...]
+    """Node of each worker."""
+
+
+class LeaseQueue:
+    """Grants in the order of priority and, behind one that does not fit yet, what fits beside it.
+
+    That is list scheduling with backfilling (Graham 1969; Feitelson and Weil 1998). Whoever has waited longer than
+    ``patience_s`` at the head of the queue is not passed any more, so that none starves.
+
+    Args:
+        nodes: name -> what it has.
+        patience_s: seconds that the first in the queue may be passed by others.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, nodes: Mapping[str, Capacity], patience_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._nodes = dict(nodes)
+        self._free = dict(nodes)
+        self._patience_s = patience_s
+        self._clock = clock
+        self._waiting: dict[str, tuple[Request, float]] = {}
+        self._held: dict[str, tuple[Request, tuple[str, ...]]] = {}
+
+    def ask(self, request: Request) -> None:
+        """Queue up.
+
+        Raises:
+            ValueError: the key waits or holds already, or not even the empty cluster has room for ``min_workers``.
+        """
+        if request.key in self._waiting or request.key in self._held:
+            raise ValueError(f"{request.key} has asked already")
+        room = len(list(self._places(request.worker, self._nodes, request.min_workers)))
+        if room < request.min_workers:
+            raise ValueError(
+                f"{request.key} wants {request.min_workers} workers of {request.worker.cpus:g} CPUs and "
+                f"{request.worker.gpus:g} GPUs, and the cluster has room for {room}"
+            )
+        self._waiting[request.key] = (request, self._clock())
+
+    def give_back(self, key: str) -> None:
+        """End a lease, or stop waiting for one; a key that has neither is no error."""
+        self._waiting.pop(key, None)
+        request, nodes = self._held.pop(key, (None, ()))
+        if request is not None:
+            for node in nodes:
+                if node in self._free:
+                    self._free[node] = _plus(self._free[node], request.worker, 1)
+
+    def set_nodes(self, nodes: Mapping[str, Capacity]) -> list[str]:
+        """Take in that nodes have come or gone; returns the keys of leases that had a worker on one that is gone."""
+        gone = set(self._nodes) - set(nodes)
+        lost = [key for key, (_, places) in self._held.items() if gone & set(places)]
+        self._nodes = dict(nodes)
+        self._free = dict(nodes)
+        for request, places in self._held.values():
+            for node in places:
+                if node in self._free:
+                    self._free[node] = _plus(self._free[node], request.worker, -1)
+        return lost
+
+    def grants(self) -> list[Grant]:
+        """What can be granted now; it is held from here on."""
+        now, granted = self._clock(), []
+        for request, since in sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1])):
+            places = tuple(self._places(request.worker, self._free, request.num_workers))
+            if len(places) >= request.min_workers:
+                for node in places:
+                    self._free[node] = _plus(self._free[node], request.worker, -1)
+                del self._waiting[request.key]
+                self._held[request.key] = (request, places)
+                granted.append(Grant(request.key, places))
+            elif now - since > self._patience_s:
+                break
+        return granted
+
+    @property
+    def waiting(self) -> dict[str, float]:
+        """Seconds that each has waited, the next to be granted first."""
+        now = self._clock()
+        queue = sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1]))
+        return {request.key: now - since for request, since in queue}
+
+    @staticmethod
+    def _places(worker: Capacity, free: Mapping[str, Capacity], num_workers: int) -> Iterator[str]:
+        """Nodes for up to ``num_workers``, the fullest that has room first: large room is kept for large workers."""
+        left = dict(free)
+        for _ in range(num_workers):
+            fitting = [name for name, node in left.items() if node.holds(worker)]
+            if not fitting:
+                return
+            best = min(fitting, key=lambda name: (left[name].gpus, left[name].cpus, name))
+            left[best] = _plus(left[best], worker, -1)
+            yield best
+
+
+def _plus(node: Capacity, worker: Capacity, sign: int) -> Capacity:
+    return Capacity(node.cpus + sign * worker.cpus, node.gpus + sign * worker.gpus)
