@@ -6,11 +6,19 @@ stage that needs a whole node waits for ever behind small ones; and it knows not
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import ray
+
+NAMESPACE = "ka2l"
 _TINY = 1e-6
+#: Seconds between two looks at the cluster's nodes.
+_WATCH_S = 2.0
 
 
 class Capacity(NamedTuple):
@@ -120,6 +128,11 @@ class LeaseQueue:
         return granted
 
     @property
+    def held(self) -> list[str]:
+        """Keys of all leases that have been granted."""
+        return list(self._held)
+
+    @property
     def waiting(self) -> dict[str, float]:
         """Seconds that each has waited, the next to be granted first."""
         now = self._clock()
@@ -137,6 +150,101 @@ class LeaseQueue:
             best = min(fitting, key=lambda name: (left[name].gpus, left[name].cpus, name))
             left[best] = _plus(left[best], worker, -1)
             yield best
+
+
+class LeaseHost:
+    """The queue as an actor that all runs of a benchmark share."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._queue = LeaseQueue(alive_nodes(), patience_s)
+        self._answers: dict[str, asyncio.Future[int]] = {}
+        self._watching: asyncio.Task[None] | None = None
+
+    async def watch(self) -> None:
+        """Look after nodes and patience from now on."""
+        self._watching = self._watching or asyncio.get_running_loop().create_task(self._watch())
+
+    async def acquire(self, request: Request) -> int:
+        """Wait for workers; returns how many there are."""
+        self._queue.ask(request)
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._answers[request.key] = answer
+        self._serve()
+        return await answer
+
+    async def give_back(self, prefix: str) -> None:
+        """End all leases whose keys start with ``prefix``, granted or waited for."""
+        for key in [*self._answers, *self._queue.held]:
+            if key.startswith(prefix):
+                self._queue.give_back(key)
+                if (answer := self._answers.pop(key, None)) is not None:
+                    answer.cancel()
+        self._serve()
+
+    async def waiting(self) -> dict[str, float]:
+        """Seconds that each has waited."""
+        return self._queue.waiting
+
+    def _serve(self) -> None:
+        for grant in self._queue.grants():
+            answer = self._answers.pop(grant.key)
+            if not answer.cancelled():
+                answer.set_result(len(grant.nodes))
+
+    async def _watch(self) -> None:
+        # Nodes come and go; and patience ends with time alone.
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            self._queue.set_nodes(alive_nodes())
+            self._serve()
+
+
+class Leases:
+    """A run's way to the host: ask, hold, give back.
+
+    Args:
+        name: of the host's actor.
+        cell: of the run; names its leases.
+        priority: of the run.
+    """
+
+    def __init__(self, name: str, cell: str, priority: float) -> None:
+        self._host = ray.get_actor(name, namespace=NAMESPACE)
+        self._cell = cell
+        self._priority = priority
+        self._count = 0
+
+    @contextlib.contextmanager
+    def hold(self, worker: Capacity, num_workers: int, min_workers: int) -> Iterator[int]:
+        """Wait for workers, for the length of a block; yields how many there are."""
+        self._count += 1
+        key = f"{self._cell}/{os.getpid()}-{self._count}"
+        granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority))
+        try:
+            yield ray.get(granted)
+        finally:
+            ray.get(self._host.give_back.remote(key))
+
+    def others_wait(self) -> bool:
+        """Whether any run waits for workers."""
+        return bool(ray.get(self._host.waiting.remote()))
+
+
+def start_host(name: str, patience_s: float) -> Any:
+    """Start the host; it ends with the process that started it."""
+    actor: Any = ray.remote(LeaseHost)
+    host = actor.options(num_cpus=0, max_concurrency=1000, name=name, namespace=NAMESPACE).remote(patience_s)
+    ray.get(host.watch.remote())
+    return host
+
+
+def alive_nodes() -> dict[str, Capacity]:
+    """What every node of the cluster has in all."""
+    return {
+        node["NodeID"]: Capacity(node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    }
 
 
 def _plus(node: Capacity, worker: Capacity, sign: int) -> Capacity:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -58,7 +58,7 @@ class _Worker:
 
 def map_shards(
     job: ShardJob, names: Sequence[str], *, replicas: int, cpus: float, gpus: float, log_path: str | None
-) -> Iterator[ShardDone]:
+) -> Generator[ShardDone]:
     """Run ``job`` over shards, yielding each as it is written.
 
     Raises:

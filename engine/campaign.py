@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow.compute as pc
 
 from actors.host import Host, Stats
+from actors.leases import Capacity, Leases
 from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
@@ -38,6 +39,10 @@ class Campaign:
     """The model with ``testbed`` resolved to a directory."""
     pool_path: str
     """The pool with ``testbed`` resolved to a file."""
+    leases: Leases | None = None
+    """Where workers are to be asked for, when other runs share the cluster."""
+    slice_s: float = float("inf")
+    """Seconds after which a stage lets others have its workers."""
     meter: Meter = field(default_factory=Meter, init=False)
     """Counts what the stage at work takes."""
     hours: Hours = field(init=False)
@@ -52,6 +57,23 @@ class Campaign:
         """Identity of the base model, for fingerprints."""
         self._model_id = self._model_id or model_identity(self.model)
         return self._model_id
+
+    @contextlib.contextmanager
+    def hold(self, num_workers: int, cpus: float, gpus: float, *, least: int | None = None) -> Iterator[int]:
+        """Have workers of ``cpus`` and ``gpus`` each for a block; yields how many, ``least`` or more.
+
+        Raises:
+            ResourcesBusyError: the cluster has no room for them, or none comes free in time.
+        """
+        least = num_workers if least is None else least
+        with contextlib.ExitStack() as ended:
+            if self.leases is not None:
+                with self.meter.wait():
+                    lease = self.leases.hold(Capacity(cpus, gpus), num_workers, least)
+                    num_workers = ended.enter_context(lease)
+            wait_until_free(least * cpus, least * gpus, self.config.ray.release_timeout_s)
+            ended.enter_context(self.meter.hold(num_workers * cpus, num_workers * gpus))
+            yield num_workers
 
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
@@ -257,16 +279,23 @@ def run_host(
     with campaign.events.progress(stage.label, sum(rows.values()), "questions") as progress:
         if finished:
             progress.advance(sum(rows[name] for name in finished), f"{len(finished)} shards were there")
-        if not missing:
-            return
-        wait_until_free(cpus, gpus, campaign.config.ray.release_timeout_s)
         job = HostJob(make_host, inputs, stage.url)
         log = campaign.log_path(stage)
-        workers = min(replicas, len(missing))
-        with campaign.meter.hold(workers * cpus, workers * gpus):
-            for done in map_shards(job, missing, replicas=workers, cpus=cpus, gpus=gpus, log_path=log):
-                campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
-                progress.advance(done.num_rows)
+        while missing:
+            with (
+                campaign.hold(min(replicas, len(missing)), cpus, gpus, least=1) as workers,
+                contextlib.closing(
+                    map_shards(job, missing, replicas=workers, cpus=cpus, gpus=gpus, log_path=log)
+                ) as shards,
+            ):
+                ends = time.monotonic() + campaign.slice_s
+                for done in shards:
+                    campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
+                    progress.advance(done.num_rows)
+                    missing.remove(done.name)
+                    # What is under way in other workers is lost: a shard each.
+                    if time.monotonic() > ends and campaign.leases is not None and campaign.leases.others_wait():
+                        break
 
 
 def _tail(path: str, num_lines: int = 15) -> str:

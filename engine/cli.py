@@ -22,6 +22,7 @@ from ka2l.errors import (
     KA2LError,
     ModelError,
     RunDirectoryError,
+    StageFailedError,
     StaleStageError,
 )
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
     from engine.config import RunConfig
+    from engine.matrix import Cell, MatrixConfig
     from engine.prices import PricesConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
@@ -113,6 +115,9 @@ def status(run_dir: RunDirArgument) -> None:
     from engine.ledger import committed_stages
 
     target = RunDirectory(run_dir)
+    if (text := target.read_text("matrix.yaml")) is not None:
+        Console().print(_matrix_table(target, text))
+        return
     _require(target)
     table = Table("round", "stage", "seconds", "what")
     for stage in committed_stages(target):
@@ -299,6 +304,68 @@ def _waiting(run_dir: str) -> tuple[RunConfig, Path]:
     return config, pending_round(target)
 
 
+@app.command()
+def benchmark(
+    config: Annotated[str, typer.Argument(help="Name of a preset (nine, ...) or path of a YAML file.")],
+    run_dir: RunDirOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Run every model with every data set, query strategy and seed, side by side on one cluster.
+
+    Each cell is an ordinary run in RUN_DIR/cells. The same command goes on with a benchmark that was cut off, and tries
+    what has failed again.
+
+    Example: ka2l benchmark nine.yaml --run-dir /shared/runs/nine; meanwhile: ka2l status /shared/runs/nine
+    """
+    from engine.artifacts import RunDirectory
+    from engine.matrix import cells, dump_matrix, load_matrix
+
+    matrix = load_matrix(config, overrides or ())
+    made = cells(matrix)
+    for cell in made:
+        try:
+            model, pool_path = _resolve_testbed(cell.config)
+            _check_inputs(cell.config, model, pool_path)
+        except KA2LError as error:
+            error.message = f"cell {cell.name}: {error.message}"
+            raise
+    target = RunDirectory(run_dir or f"runs/{matrix.name}")
+    if target.exists():
+        raise RunDirectoryError(f"{target.url} holds a single run", hint="Choose another --run-dir.")
+    with target.lock():
+        target.write_text("matrix.yaml", dump_matrix(matrix))
+        _run_matrix(target, matrix, made)
+
+
+def _run_matrix(target: RunDirectory, matrix: MatrixConfig, made: list[Cell]) -> None:
+    from engine.benchmark import run_cells
+    from engine.events import Events
+
+    events = Events(target, console)
+    with RaySession(matrix.ray, f"{target.logs()}/driver.log") as address:
+        states = run_cells(matrix, made, target, events, address, on_end=lambda: None)
+    Console().print(_matrix_table(target, target.read_text("matrix.yaml") or ""))
+    failed = [name for name, state in states.items() if state.status == "failed"]
+    paused = [name for name, state in states.items() if state.status == "paused"]
+    if failed:
+        raise StageFailedError(
+            f"{len(failed)} of {len(states)} cells have failed: {', '.join(failed[:5])}\n{states[failed[0]].error}",
+            hint=f"The logs are in {target.logs()}. The same command tries them again.",
+        )
+    if paused:
+        raise AnnotationsPending(
+            f"{len(paused)} cells wait for annotations: {', '.join(paused[:5])}",
+            hint="ka2l annotate RUN_DIR/cells/CELL serve, then the same command.",
+        )
+
+
+def _matrix_table(target: RunDirectory, text: str) -> Table:
+    from engine.benchmark import state_table
+    from engine.matrix import cells, parse_matrix
+
+    return state_table(target, cells(parse_matrix(text, f"{target.url}/matrix.yaml")))
+
+
 # -- how commands work ------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +415,7 @@ def _refuse_old_run(target: RunDirectory) -> None:
 
 def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> None:
     from engine import loop
+    from engine.benchmark import LEASES_VARIABLE, leases_from
     from engine.campaign import Campaign
     from engine.events import Events
 
@@ -357,6 +425,7 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     campaign = Campaign(config, target, events, model, pool_path)
     try:
         with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
+            campaign.leases, campaign.slice_s = leases_from(os.environ.get(LEASES_VARIABLE))
             (loop.probe if only_probe else loop.run)(campaign)
     except HoursUsedUp as used_up:
         events.say(used_up.message)

@@ -36,11 +36,15 @@ class RaySession:
         self.log_path = log_path
         self.stderr: Any = None
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> str:
+        """Returns the address at which other processes join the same Ray."""
         address = cluster_address(self.config)
         self._divert_native_chatter()
         try:
             self._connect(address)
+            import ray
+
+            return str(ray.get_runtime_context().gcs_address)
         except BaseException:
             self.__exit__()
             raise

@@ -120,6 +120,11 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such preset or file, YAML that does not parse, an unknown key, a wrong value.
     """
+    return validated(load_values(source, overrides), source)
+
+
+def load_values(source: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Keys and values of a preset or YAML file with overrides applied, not validated; raises ConfigError."""
     if source in preset_names():
         text = resources.files("engine.presets").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     elif Path(source).is_file():
@@ -133,11 +138,16 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> RunConfig:
             f"no preset and no file named {source!r}" + (f"; did you mean {near[0]!r}?" if near else ""),
             hint=f"Presets: {', '.join(preset_names())}. A file is given by its path.",
         )
-    return parse_config(text, overrides, source)
+    return parse_values(text, overrides, source)
 
 
 def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config") -> RunConfig:
     """Validate a YAML text, with overrides applied; raises ConfigError."""
+    return validated(parse_values(text, overrides, source), source)
+
+
+def parse_values(text: str, overrides: Iterable[str], source: str) -> dict[str, Any]:
+    """Keys and values of a YAML text with overrides applied, not validated; raises ConfigError."""
     try:
         merged = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -146,8 +156,13 @@ def parse_config(text: str, overrides: Iterable[str] = (), source: str = "config
         raise ConfigError(f"{source} must hold keys and values", hint="See `ka2l config quickstart` for an example.")
     for override in overrides:
         _apply_override(merged, override)
+    return merged
+
+
+def validated(values: Mapping[str, Any], source: str) -> RunConfig:
+    """A run's config of these values; raises ConfigError that names ``source``."""
     try:
-        return RunConfig.model_validate(merged)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(problems), hint="`ka2l config` shows every key.") from None

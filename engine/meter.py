@@ -82,6 +82,18 @@ class Meter:
                 self._count()
                 self._held = before
 
+    @contextlib.contextmanager
+    def wait(self) -> Iterator[None]:
+        """What passes in this block is not counted: others have the workers."""
+        with self._lock:
+            self._count()
+            was, self._since = self._since, None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._since = self._clock() if was is not None else None
+
     def _count(self) -> None:
         if self._since is None:
             return

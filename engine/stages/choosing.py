@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.meter import workers
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
@@ -111,7 +110,7 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
         close = getattr(annotator, "close", lambda: None)
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
-            ended.enter_context(campaign.meter.hold(*workers("annotate", campaign.config)))
+            ended.enter_context(_workers(campaign))
             ended.callback(close)
             for index, batch in enumerate(batches):
                 name = shard_name(index)
@@ -142,6 +141,14 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         campaign, "annotate", round_index, config=annotator_fields(campaign),
         inputs=[questions, references, *chosen], work=work,
     )  # fmt: skip
+
+
+def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Any]:
+    """What annotating holds: a local teacher's engines, else the driver alone."""
+    config = campaign.config.annotator
+    if config.kind != "local_teacher":
+        return contextlib.nullcontext()
+    return campaign.hold(config.engine.replicas, config.engine.cpus_per_replica, config.engine.gpus_per_replica)
 
 
 def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:

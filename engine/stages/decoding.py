@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from actors.decoder import decode_states, extract_states
-from actors.shards import wait_until_free
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
@@ -123,9 +122,8 @@ def _decode(
 ) -> list[str]:
     """One question a variant: sampled where the state is a question's own, else the likeliest."""
     config = campaign.config.decoder
-    wait_until_free(config.cpus_per_worker, config.gpus_per_worker, campaign.config.ray.release_timeout_s)
     sampled = np.array([variant.kind == "sampled" for variant in variants], dtype=bool)
-    with campaign.meter.hold(config.cpus_per_worker, config.gpus_per_worker):
+    with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker):
         return decode_states(
             folder=campaign.decoder_dir(fitted_round),
             model_path=campaign.model.path,
@@ -200,9 +198,8 @@ def _states(
     config = campaign.config
     extraction = one_layer(config.extraction, layer)
     cpus, gpus = extraction.cpus_per_replica, extraction.gpus_per_replica
-    wait_until_free(cpus, gpus, config.ray.release_timeout_s)
     make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
-    with campaign.meter.hold(cpus, gpus):
+    with campaign.hold(1, cpus, gpus):
         return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors.decoder import PairSource, run_decoder_training
-from actors.shards import wait_until_free
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
@@ -123,12 +122,11 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         if not drift.needs_fit:
             return drift._asdict() | {"fitted_round": drift.fitted_round}, {}
         gpus = config.decoder.gpus_per_worker
-        wait_until_free(config.decoder.cpus_per_worker, gpus, config.ray.release_timeout_s)
         previous = campaign.decoder_dir(drift.fitted_round) if earlier else None
         with (
             campaign.run.scratch() as scratch,
             campaign.events.progress(stage.label, 1, "steps") as progress,
-            campaign.meter.hold(config.decoder.cpus_per_worker, gpus),
+            campaign.hold(1, config.decoder.cpus_per_worker, gpus),
         ):
 
             def on_progress(report: dict[str, Any]) -> None:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.shards import wait_until_free
 from actors.trainer import run_canary, run_training, write_rows
 from engine.artifacts import Stage
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.meter import workers
 from engine.stages.tables import adapter_input, by_id
 from ka2l.canary import check_canary
 from ka2l.models import load_tokenizer
@@ -35,9 +33,6 @@ def tune(campaign: Campaign, round_index: int) -> None:
             prompter = Prompter(load_tokenizer(campaign.model), config.prompt)
             rows = _training_rows(campaign, answers, own, prompter)
             write_rows(rows, str(scratch / "rows.jsonl"))
-            cpus = config.tuning.cpus_per_worker * config.tuning.workers
-            gpus = config.tuning.gpus_per_worker * config.tuning.workers
-            wait_until_free(cpus, gpus, config.ray.release_timeout_s)
             output = scratch / "adapter"
             metrics = _train(campaign, stage, prompter, scratch, output, round_index)
             canary = _canary(campaign, output, prompter, log)
@@ -80,8 +75,11 @@ def _train(
     campaign: Campaign, stage: Stage, prompter: Prompter, scratch: Path, output: Path, round_index: int
 ) -> dict[str, Any]:
     config = campaign.config
-    held = workers("tune", config)
-    with campaign.events.progress(stage.label, 1, "steps") as progress, campaign.meter.hold(*held):
+    tuning = config.tuning
+    with (
+        campaign.events.progress(stage.label, 1, "steps") as progress,
+        campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker),
+    ):
 
         def on_progress(report: dict[str, Any]) -> None:
             if "step" in report:
@@ -122,8 +120,7 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
         "trust_remote_code": campaign.model.trust_remote_code,
         "chat": prompter.is_chat,
     }
-    wait_until_free(config.tuning.cpus_per_worker, gpus, config.ray.release_timeout_s)
-    with campaign.meter.hold(config.tuning.cpus_per_worker, gpus):
+    with campaign.hold(1, config.tuning.cpus_per_worker, gpus):
         result = run_canary(arguments, cpus=config.tuning.cpus_per_worker, gpus=gpus, log_path=log)
     check_canary(result)
     return result

@@ -1,0 +1,227 @@
+"""Runs the cells of a benchmark side by side on one cluster.
+
+Each cell is an ordinary run in a process of its own: what one does, or dies of, touches no other. What they share is
+the queue for workers (`actors.leases`). The state of each cell stands in a file, so that a benchmark that was killed
+goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.live import Live
+from rich.table import Table
+
+from actors.leases import Leases, start_host
+from engine.artifacts import RunDirectory
+from engine.config import dump_config
+from engine.events import Events
+from engine.matrix import Cell, MatrixConfig
+from ka2l.errors import KA2LError
+
+#: How a cell's process is told where to ask for workers.
+LEASES_VARIABLE = "KA2L_LEASES"
+_POLL_S = 0.5
+_PAUSED = 3
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+class CellState(NamedTuple):
+    """Where a cell stands."""
+
+    status: str = "waiting"
+    """``waiting``, ``running``, ``complete``, ``paused`` for people's annotations, or ``failed``."""
+    attempts: int = 0
+    """Times that its process was started since it last got on."""
+    seconds: float = 0.0
+    """Wall-clock, over all attempts."""
+    error: str | None = None
+    """The last lines that a failed process said."""
+
+
+def cell_url(root: RunDirectory, name: str) -> str:
+    """The run directory of a cell."""
+    return f"{root.url.rstrip('/')}/cells/{name}"
+
+
+def read_state(root: RunDirectory, name: str) -> CellState:
+    """What is written of a cell; `waiting` where nothing is."""
+    text = root.read_text(f"states/{name}.json")
+    return CellState(**json.loads(text)) if text else CellState()
+
+
+def run_cells(
+    config: MatrixConfig,
+    cells: Sequence[Cell],
+    root: RunDirectory,
+    events: Events,
+    address: str,
+    on_end: Callable[[], None],
+) -> dict[str, CellState]:
+    """Run all cells that are not complete. Ray must be initialised; returns where each cell stands.
+
+    Args:
+        address: of the Ray cluster, for the cells' processes.
+        on_end: called after each cell that has ended.
+    """
+    name = f"leases-{os.getpid()}"
+    host = start_host(name, config.patience_s)
+    queue = _Queue(config, cells, root, events, {"RAY_ADDRESS": address}, name, host)
+    try:
+        with Live(get_renderable=lambda: state_table(root, cells, queue.states), console=events.console,
+                  refresh_per_second=1, transient=True) as live:  # fmt: skip
+            if not events.console.is_terminal:
+                live.stop()
+            while queue.step():
+                if queue.ended:
+                    queue.ended.clear()
+                    on_end()
+                time.sleep(_POLL_S)
+    finally:
+        queue.stop()
+    on_end()
+    return queue.states
+
+
+class _Queue:
+    """Starts cells as there is room, and takes note of how they end."""
+
+    def __init__(
+        self, config: MatrixConfig, cells: Sequence[Cell], root: RunDirectory, events: Events,
+        environment: Mapping[str, str], leases: str, host: Any,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.root = root
+        self.events = events
+        self.environment = environment
+        self.leases = leases
+        self.host = host
+        self.cells = {cell.name: cell for cell in cells}
+        self.states = {name: read_state(root, name) for name in self.cells}
+        for name, state in self.states.items():
+            if state.status in ("running", "failed", "paused"):  # of a coordinator that was killed, or tried again now
+                self._set(name, state._replace(status="waiting", attempts=0))
+        self.processes: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self.ended: list[str] = []
+
+    def step(self) -> bool:
+        """Look after the processes once; False where nothing is left to do."""
+        for name, (process, since) in list(self.processes.items()):
+            if (code := process.poll()) is not None:
+                del self.processes[name]
+                self._end(name, code, time.monotonic() - since)
+        waiting = [name for name, state in self.states.items() if state.status == "waiting"]
+        for name in waiting[: self.config.max_running - len(self.processes)]:
+            self._start(self.cells[name])
+        return bool(self.processes)
+
+    def _start(self, cell: Cell) -> None:
+        state = self.states[cell.name]
+        folder = Path(self.root.logs())
+        written = folder / f"{cell.name}.yaml"
+        written.write_text(dump_config(cell.config), encoding="utf-8")
+        environment = {
+            **os.environ,
+            **self.environment,
+            LEASES_VARIABLE: json.dumps({
+                "name": self.leases, "cell": cell.name, "priority": cell.priority, "slice_s": self.config.slice_s,
+            }),
+        }  # fmt: skip
+        with (folder / f"{cell.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "engine.cli", "run", str(written), "--run-dir", cell_url(self.root, cell.name),
+                 "--resume"],
+                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )  # fmt: skip
+        self.processes[cell.name] = (process, time.monotonic())
+        self._set(cell.name, state._replace(status="running", attempts=state.attempts + 1, error=None))
+        self.events.emit("cell_started", cell=cell.name, attempt=state.attempts + 1, pid=process.pid)
+
+    def _end(self, name: str, code: int, seconds: float) -> None:
+        self.host.give_back.remote(f"{name}/")
+        state = self.states[name]
+        state = state._replace(seconds=state.seconds + seconds)
+        if code == 0:
+            state = state._replace(status="complete")
+        elif code == _PAUSED:
+            state = state._replace(status="paused")
+        else:
+            how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+            said = f"{how}: {_tail(Path(self.root.logs()) / f'{name}.log')}"
+            again = state.attempts <= self.config.retries and code != 2
+            state = state._replace(status="waiting" if again else "failed", error=said)
+            self.events.say(f"{name}: {how}" + (", is started again" if again else ", has failed"))
+        self._set(name, state)
+        self.ended.append(name)
+        self.events.emit("cell_ended", cell=name, status=state.status, exit_code=code, seconds=round(seconds, 1))
+        if state.status in ("complete", "paused"):
+            self.events.say(f"{name:<40} {state.status} after {state.seconds:,.0f} s")
+
+    def _set(self, name: str, state: CellState) -> None:
+        self.states[name] = state
+        self.root.write_text(f"states/{name}.json", json.dumps(state._asdict()))
+
+    def stop(self) -> None:
+        """End what still runs; it goes on another time."""
+        for process, _ in self.processes.values():
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        for name, (process, since) in self.processes.items():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            state = self.states[name]
+            self._set(name, state._replace(status="waiting", seconds=state.seconds + time.monotonic() - since))
+        self.processes.clear()
+
+
+def _die_with_parent() -> None:
+    """A cell whose coordinator is gone would hold its run directory against the next one."""
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def leases_from(text: str | None) -> tuple[Leases | None, float]:
+    """What `LEASES_VARIABLE` says: the way to the queue, and the slice in seconds. Ray must be initialised."""
+    if not text:
+        return None, float("inf")
+    said = json.loads(text)
+    return Leases(said["name"], said["cell"], said["priority"]), float(said["slice_s"])
+
+
+def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
+    """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
+    table = Table("cell", "status", "round", "annotated", "accuracy", "seconds", "error")
+    for cell in cells:
+        state = states[cell.name] if states is not None else read_state(root, cell.name)
+        rounds: list[dict[str, Any]] = []
+        with suppress(KA2LError, ValueError, OSError):
+            summary = RunDirectory(cell_url(root, cell.name)).read_text("summary.json")
+            rounds = json.loads(summary)["rounds"] if summary else []
+        last = rounds[-1] if rounds else {}
+        accuracy = last.get("accuracy")
+        table.add_row(
+            cell.name, state.status, str(last.get("round", "")), str(last.get("num_annotated", "")),
+            "" if accuracy is None else f"{accuracy:.3f}", f"{state.seconds:,.0f}", (state.error or "")[:60],
+        )  # fmt: skip
+    return table
+
+
+def _tail(path: Path, num_lines: int = 5) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return "\n".join(line for line in lines[-num_lines:] if line.strip())
