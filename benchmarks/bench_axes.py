@@ -1,7 +1,7 @@
 """Does asking where the model is sure and wrong pay? Three arms on a testbed that has learnt some facts wrongly.
 
     probe      3 rounds of 250, by the evidence for unknown
-    two_axis   3 rounds of 250, by the probability of being wrong, part of each round but the last explored
+    two_axis   3 rounds of 250, by the probability of being wrong, a tenth of each round but the last explored
     one_round  the same 750 annotations in one round, by the evidence for unknown: before the first annotation there is
                no second axis
 

@@ -49,8 +49,8 @@ ARMS: dict[str, list[str]] = {
     "self_inversion": ["decoder.kind=self_inversion", "decoder.learning_rate=0.002"],
     "last_token": ["extraction.position=last_token"],
     "pool_only": [*HELP_COMMON, "decoder.kind=none"],
-    "half_decoded": [*HELP_COMMON, "decoder.share=0.5"],
-    "all_decoded": [*HELP_COMMON, "decoder.share=1.0"],
+    "half_decoded": [*HELP_COMMON, "decoder.kind=inversion", "decoder.share=0.5"],
+    "all_decoded": [*HELP_COMMON, "decoder.kind=inversion", "decoder.share=1.0"],
     # Each candidate twice, so half of them is as much rehearsal as in the other arms.
     "paraphrases": [
         *HELP_COMMON,
@@ -61,7 +61,8 @@ ARMS: dict[str, list[str]] = {
     ],
     "random": [*HELP_COMMON, "decoder.kind=none", "selection.kind=random"],
 }
-#: Arms that ask the base model what another has asked it already.
+#: Arms that ask the base model what another has asked it already. They start from its config, so they say again what it
+#: sets otherwise than they do.
 BASE_OF = {
     "self_inversion": "inversion",
     "half_decoded": "pool_only",

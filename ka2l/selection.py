@@ -33,7 +33,7 @@ class SelectionConfig(Section):
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
     """``probe_diverse`` chooses among this many times the budget of the most likely unknown."""
-    explore: float = Field(0.15, ge=0, le=1)
+    explore: float = Field(0.1, ge=0, le=1)
     """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
     learnt wrongly. The last round does not explore."""
 
