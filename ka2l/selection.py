@@ -1,7 +1,8 @@
 """Query strategies: which candidates are worth an annotation.
 
 A strategy is a plain function from candidates to row numbers, best first. To add one, write the function and put it
-into ``STRATEGIES``.
+into ``STRATEGIES``. A pool comes in parts: `Shortlist` keeps of each what the strategy could choose, however good the
+rest of the pool is, so that no more than that is ever held.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class Candidates(NamedTuple):
     p_wrong: np.ndarray | None = None
     """Probability that the base model answers wrongly, shape (N,); None before anything has been annotated."""
 
+    def take(self, rows: np.ndarray) -> Candidates:
+        """Some of the rows, in that order."""
+        ids = [self.question_ids[row] for row in rows.tolist()]
+        return Candidates(ids, *(None if column is None else column[rows] for column in self[1:]))  # type: ignore[arg-type]
+
 
 class Selected(NamedTuple):
     """The chosen rows, best first, and what they were ranked by."""
@@ -95,6 +101,81 @@ def select(candidates: Candidates, config: SelectionConfig, seed: int, strategy:
             hint="A strategy returns as many different row numbers as its budget says.",
         )
     return chosen
+
+
+class Shortlist:
+    """Goes through a pool part by part and keeps the rows among which ``strategy`` would choose.
+
+    What is chosen from the rows kept is what would be chosen from all, whatever the parts and their order. A strategy
+    of your own sees all rows, so all are kept.
+
+    Args:
+        config: ``budget`` is this round's.
+        seed: of the selection.
+    """
+
+    def __init__(self, config: SelectionConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._kept: list[Candidates] = []
+        self._num_kept = 0
+        self.num_seen = 0
+
+    def add(self, part: Candidates) -> None:
+        """Take in a part of the pool; parts have the same columns."""
+        if not part.question_ids:
+            return
+        self.num_seen += len(part.question_ids)
+        self._keep(part.take(self._rows(part)))
+        if self._num_kept > 4 * self._most() + 4096:
+            self._keep_best()
+
+    def candidates(self) -> Candidates:
+        """The rows kept."""
+        if not self._kept:
+            raise ValueError("no candidate has been added")
+        self._keep_best()
+        return self._kept[0]
+
+    def _keep(self, part: Candidates) -> None:
+        self._kept.append(part)
+        self._num_kept += len(part.question_ids)
+
+    def _keep_best(self) -> None:
+        joined = _joined(self._kept)
+        self._kept, self._num_kept = [], 0
+        self._keep(joined.take(self._rows(joined)))
+
+    def _most(self) -> int:
+        factor = self._config.pool_factor if self._config.kind == "probe_diverse" else 1.0
+        return round(factor * self._config.budget)
+
+    def _rows(self, part: Candidates) -> np.ndarray:
+        """Rows of a part that may be chosen: by each of the strategy's orders as many as it takes in all."""
+        import numpy as np
+
+        ids, most = part.question_ids, min(self._most(), len(part.question_ids))
+        match self._config.kind:
+            case "random":
+                keys = [_tie_breakers(ids, self._seed)]
+            case "semantic_entropy" if part.entropy is not None:
+                keys = [part.entropy]
+            case "two_axis":
+                ranked_by = part.score if part.p_wrong is None else part.p_wrong
+                keys = [ranked_by, _exploration_keys(part, self._seed)]
+            case "probe" | "probe_diverse":
+                keys = [part.score]
+            case _:
+                return np.arange(len(ids))
+        return np.unique(np.concatenate([_top(key, ids, most, self._seed).indices for key in keys]))
+
+
+def _joined(parts: list[Candidates]) -> Candidates:
+    import numpy as np
+
+    columns = [None if first is None else np.concatenate([part[index] for part in parts])
+               for index, first in enumerate(parts[0]) if index]  # fmt: skip
+    return Candidates([name for part in parts for name in part.question_ids], *columns)  # type: ignore[arg-type]
 
 
 def random(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
@@ -155,22 +236,28 @@ def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionCo
     expected loss (Kossen et al. 2021, arXiv 2103.05331), and spread over the ranks.
     """
     import numpy as np
-    from scipy.special import expit
 
     num_explored = round(config.explore * budget)
     ranked_by = candidates.score if candidates.p_wrong is None else candidates.p_wrong
     order = _top(ranked_by, candidates.question_ids, len(candidates.question_ids), seed).indices
     best, rest = order[: budget - num_explored], order[budget - num_explored :]
-    # Weighted sampling without replacement by exponential keys (Efraimidis and Spirakis 2006).
-    draws = np.log(_tie_breakers([candidates.question_ids[row] for row in rest], seed + 1) + 2.0**-64)
-    weights = expit(-np.asarray(candidates.score, dtype=np.float64))
-    if candidates.p_wrong is not None:
-        weights = weights * np.maximum(candidates.p_wrong, 2.0**-64)
-    keys = draws / weights[rest]
+    keys = _exploration_keys(candidates, seed)[rest]
     explored = rest[np.argsort(-keys, kind="stable")[:num_explored]]
     places = np.concatenate([(np.arange(len(part)) + 0.5) / max(1, len(part)) for part in (best, explored)])
     indices = np.concatenate([best, explored])[np.argsort(places, kind="stable")]
     return Selected(indices, ranked_by[indices])
+
+
+def _exploration_keys(candidates: Candidates, seed: int) -> np.ndarray:
+    """Whose largest keys are a weighted draw without replacement (Efraimidis and Spirakis 2006). Shape (N,)."""
+    import numpy as np
+    from scipy.special import expit
+
+    weights = expit(-np.asarray(candidates.score, dtype=np.float64))
+    if candidates.p_wrong is not None:
+        weights = weights * np.maximum(candidates.p_wrong, 2.0**-64)
+    draws: np.ndarray = np.log(_tie_breakers(candidates.question_ids, seed + 1) + 2.0**-64)
+    return draws / np.maximum(weights, np.finfo(np.float64).tiny)
 
 
 #: kind -> strategy.

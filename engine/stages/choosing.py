@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine import build
-from engine.artifacts import Stage, shard_name, write_shard
+from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
@@ -22,7 +22,7 @@ from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
-from ka2l.selection import Candidates
+from ka2l.selection import Candidates, Shortlist
 from ka2l.selection import select as select_candidates
 from ka2l.teacher_reply import Usage
 
@@ -38,36 +38,29 @@ def select(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         # Whatever was asked before is not asked again, even where the annotator refused it.
-        taken = {name for index in range(round_index) for name in asked_ids(campaign, index)}
-        table = known.table(["question_id", "split", "score", "p_unknown", "p_wrong"])
-        table = table.filter(pc.equal(table["split"], "candidate"))
-        rows = [row for row in table.to_pylist() if row["question_id"] not in taken]
-        ids = [row["question_id"] for row in rows]
-        candidates = Candidates(
-            question_ids=ids,
-            score=np.array([row["score"] for row in rows]),
-            p_unknown=np.array([row["p_unknown"] for row in rows]),
-            entropy=_entropies(observed, ids) if config.selection.kind == "semantic_entropy" else None,
-            states=_chosen_states(campaign, extracted, round_index, ids)
-            if config.selection.kind == "probe_diverse" or ":" in config.selection.kind
-            else None,
-            p_wrong=None if any(row["p_wrong"] is None for row in rows) else np.array([row["p_wrong"] for row in rows]),
-        )
+        taken = pa.array([name for index in range(round_index) for name in asked_ids(campaign, index)], pa.string())
         # What the last round explores, no later round can use.
         is_last = round_index == config.rounds - 1
-        wanted = config.selection.model_copy(
-            update={"budget": min(budget, len(ids))} | ({"explore": 0.0} if is_last else {})
-        )
-        strategy = build.strategy(config.selection)
-        chosen = select_candidates(candidates, wanted, row_seed(config.seed, round_index, "select", ""), strategy)
+        wanted = config.selection.model_copy(update={"budget": budget} | ({"explore": 0.0} if is_last else {}))
+        seed = row_seed(config.seed, round_index, "select", "")
+        shortlist = Shortlist(wanted, seed)
+        for name in known.shard_names():
+            shortlist.add(_candidates(campaign, round_index, name, taken))
+        candidates = shortlist.candidates()
+        if config.selection.kind == "probe_diverse" or ":" in config.selection.kind:
+            states = _chosen_states(campaign, extracted, round_index, candidates.question_ids)
+            candidates = candidates._replace(states=states)
+        wanted = wanted.model_copy(update={"budget": min(budget, shortlist.num_seen)})
+        chosen = select_candidates(candidates, wanted, seed, build.strategy(config.selection))
         columns = {
-            "question_id": [ids[index] for index in chosen.indices],
+            "question_id": [candidates.question_ids[index] for index in chosen.indices],
             "rank": np.arange(len(chosen.indices)),
             "score": chosen.scores,
             "strategy": [config.selection.kind] * len(chosen.indices),
         }
         write_shard(stage.url, shard_name(0), make_table(columns, SELECTION), {})
-        return {"strategy": config.selection.kind, "num_selected": len(chosen.indices), "num_candidates": len(ids)}, {}
+        counts = {"num_selected": len(chosen.indices), "num_candidates": shortlist.num_seen}
+        return {"strategy": config.selection.kind} | counts, {}
 
     commit_stage(
         campaign, "select", round_index, config=config.selection.result_fields() | {"budget": budget},
@@ -75,11 +68,26 @@ def select(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-def _entropies(clusters: Stage, ids: Sequence[str]) -> np.ndarray:
-    table = clusters.table(["question_id", "purpose", "semantic_entropy"])
-    table = table.filter(pc.equal(table["purpose"], "probe"))
-    found = by_id(table, "semantic_entropy")
-    return np.array([found[question_id] for question_id in ids])
+def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Array) -> Candidates:
+    """The candidates of one shard that have not been asked yet."""
+    known, observed = campaign.stage("knowledge", round_index), campaign.stage("cluster", round_index)
+    table = read_shard(known.url, shard, ["question_id", "split", "score", "p_unknown", "p_wrong"])
+    asked = pc.is_in(table["question_id"], value_set=taken)
+    table = table.filter(pc.and_(pc.equal(table["split"], "candidate"), pc.invert(asked)))
+    entropy = None
+    if campaign.config.selection.kind == "semantic_entropy":
+        drawn = read_shard(observed.url, shard, ["question_id", "purpose", "semantic_entropy"])
+        found = by_id(drawn.filter(pc.equal(drawn["purpose"], "probe")), "semantic_entropy")
+        entropy = np.array([found[name] for name in table["question_id"].to_pylist()], dtype=np.float64)
+    p_wrong = table["p_wrong"]
+    return Candidates(
+        question_ids=table["question_id"].to_pylist(),
+        score=table["score"].to_numpy(),
+        p_unknown=table["p_unknown"].to_numpy(),
+        entropy=entropy,
+        # One axis alone where nothing has been graded: then the column is empty in all shards.
+        p_wrong=None if p_wrong.null_count else p_wrong.to_numpy(),
+    )
 
 
 def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: Sequence[str]) -> np.ndarray:

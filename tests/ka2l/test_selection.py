@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from ka2l.errors import BudgetError, ConfigError
-from ka2l.selection import STRATEGIES, Candidates, Selected, SelectionConfig, select
+from ka2l.selection import STRATEGIES, Candidates, Selected, SelectionConfig, Shortlist, select
 
 KINDS = SelectionConfig.KINDS
 
@@ -185,6 +185,29 @@ def test_two_axis_explores_most_where_known_mistakes_are_like() -> None:
     assert len(explored) > 90  # the others were unknown all the same
     assert likely[explored].mean() > 0.4  # a tenth of what could be drawn
     assert not likely[explored].all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_parts", [1, 3, 20])
+def test_a_shortlist_of_parts_comes_to_what_is_chosen_from_all_at_once(kind: str, num_parts: int) -> None:
+    whole = make_candidates(6000)
+    config = SelectionConfig(kind=kind, budget=12, explore=0.25)
+    shortlist = Shortlist(config, 5)
+    for rows in np.array_split(np.random.default_rng(0).permutation(6000), num_parts):
+        shortlist.add(whole.take(rows))
+    kept = shortlist.candidates()
+    assert shortlist.num_seen == 6000
+    assert len(kept.question_ids) <= 3 * 12
+    chosen, expected = (select(candidates, config, 5) for candidates in (kept, whole))
+    assert [kept.question_ids[row] for row in chosen.indices] == [whole.question_ids[row] for row in expected.indices]
+    np.testing.assert_array_equal(chosen.scores, expected.scores)
+
+
+def test_a_shortlist_keeps_all_rows_for_a_strategy_of_your_own() -> None:
+    shortlist = Shortlist(SelectionConfig(kind="mine:strategy", budget=2), 0)
+    for rows in np.array_split(np.arange(60), 4):
+        shortlist.add(make_candidates().take(rows))
+    assert len(shortlist.candidates().question_ids) == 60
 
 
 @pytest.mark.parametrize("kind", KINDS)
