@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from pydantic import BaseModel, ValidationError
@@ -151,10 +152,13 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.close(descriptor)
 
 
-def read_shard(folder_url: str, name: str, columns: list[str] | None = None) -> pa.Table:
+def read_shard(
+    folder_url: str, name: str, columns: list[str] | None = None, where: pc.Expression | None = None
+) -> pa.Table:
     """Read one shard; called in workers, for shards that the driver has verified."""
     filesystem_, folder = filesystem(folder_url)
-    return pq.read_table(f"{folder}/{name}", filesystem=filesystem_, columns=columns).replace_schema_metadata(None)
+    table = pq.read_table(f"{folder}/{name}", filesystem=filesystem_, columns=columns, filters=where)
+    return table.replace_schema_metadata(None)
 
 
 def add_up(costs: Iterable[Mapping[str, float]]) -> dict[str, float]:
@@ -239,13 +243,14 @@ class Stage:
             )
         return manifest
 
-    def table(self, columns: list[str] | None = None) -> pa.Table:
-        """All committed rows of the stage's table, in shard order. For tables of moderate size."""
+    def table(self, columns: list[str] | None = None, where: pc.Expression | None = None) -> pa.Table:
+        """Committed rows of the stage's table, in shard order. What of a pool-sized table is not wanted must be left
+        out by ``where``, which looks at one shard after the other."""
         manifest = self.verify()
         shards = [entry.path for entry in manifest.files if entry.path.startswith("part-")]
         if not shards:
             raise RunDirectoryError(f"{self.label} holds no table")
-        return pa.concat_tables([read_shard(self.url, name, columns) for name in shards])
+        return pa.concat_tables([read_shard(self.url, name, columns, where) for name in shards])
 
     def shard_names(self) -> list[str]:
         """Names of the committed shards."""

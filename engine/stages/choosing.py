@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import asked_ids, by_id, kept_questions, make_table, num_rows, states_of
+from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
@@ -105,11 +105,11 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         chosen.append(campaign.stage("decode", round_index))
 
     def work(stage: Stage) -> Outcome:
-        text_of = by_id(questions.table(["question_id", "question"]), "question")
+        ids = asked_ids(campaign, round_index)
+        text_of = by_id(questions.table(["question_id", "question"], among(ids)), "question")
         text_of |= by_id(kept_questions(campaign, round_index), "question")
         context = annotation_context(campaign, round_index, text_of)
         annotator = build.annotator(campaign.config.annotator, context)
-        ids = asked_ids(campaign, round_index)
         size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
         batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
@@ -200,8 +200,7 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
     references = campaign.stage("references")
 
     def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
-        rows = references.table().filter(pc.is_in(pc.field("question_id"), pa.array(ids, pa.string())))
-        return by_id(rows, "answers")
+        return by_id(references.table(["question_id", "answers"], among(ids)), "answers")
 
     def make_tasks(ids: Sequence[str]) -> list[Task]:
         return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
@@ -223,18 +222,18 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
 
 def _tasks(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> list[Task]:
     """What people see of some questions: the base model's own answers to them, and what the probe thinks."""
-    wanted = pa.array(list(text_of), pa.string())
-    drawn = campaign.stage("observe", 0).table(["question_id", "purpose", "answer"])
-    sampled = pc.and_(pc.is_in(drawn["question_id"], wanted), pc.not_equal(drawn["purpose"], "eval"))
+    wanted = among(text_of)
+    drawn = campaign.stage("observe", 0).table(["question_id", "answer"], wanted & (pc.field("purpose") != "eval"))
     answers: dict[str, Counter[str]] = {}
-    for row in drawn.filter(sampled).to_pylist():
+    for row in drawn.to_pylist():
         answers.setdefault(row["question_id"], Counter())[row["answer"]] += 1
-    p_unknown = by_id(campaign.stage("knowledge", round_index).table(["question_id", "p_unknown"]), "p_unknown")
+    known = campaign.stage("knowledge", round_index)
+    p_unknown = by_id(known.table(["question_id", "p_unknown"], wanted), "p_unknown")
     p_unknown |= by_id(kept_questions(campaign, round_index), "p_unknown")
     groups = campaign.stage("feedback", round_index)
     entropy: Mapping[str, float] = {}
     if groups.manifest() is not None:
-        entropy = by_id(groups.table(["question_id", "semantic_entropy"]), "semantic_entropy")
+        entropy = by_id(groups.table(["question_id", "semantic_entropy"], wanted), "semantic_entropy")
     return [
         Task(name, text, answers.get(name, Counter()).most_common(), p_unknown.get(name), entropy.get(name))
         for name, text in text_of.items()

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
-from engine.stages.tables import by_id, load_stage_probe, states_of
+from engine.stages.tables import among, by_id, load_stage_probe, states_of
 from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
 from ka2l.evidence import combine, doubt
 from ka2l.seeds import row_seed
@@ -31,8 +30,8 @@ Judge = Callable[[Sequence[str], np.ndarray, Mapping[str, Sequence[int]]], dict[
 
 def answered_wrongly(graded: Stage) -> dict[str, bool]:
     """Whether the base model's own answer was wrong, of the annotated questions that it was sampled on."""
-    table = graded.table(["question_id", "correct"])
-    return {name: not correct for name, correct in by_id(table, "correct").items() if correct is not None}
+    table = graded.table(["question_id", "correct"], pc.field("correct").is_valid())
+    return {name: not correct for name, correct in by_id(table, "correct").items()}
 
 
 def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Judge | None:
@@ -51,8 +50,7 @@ def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Judge | 
         return combine(fitted.predict_logit(states), own_doubt=own_doubts(semantic_ids, ids))
 
     ids, states = states_of(base, list(wrong), fitted.layer)
-    sampled = graded.table(["question_id", "semantic_ids"])
-    sampled = sampled.filter(pc.is_in(sampled["question_id"], pa.array(ids, pa.string())))
+    sampled = graded.table(["question_id", "semantic_ids"], among(ids))
     head = fit_correctness(
         states[:, 0],
         evidence(ids, states[:, 0], by_id(sampled, "semantic_ids")),

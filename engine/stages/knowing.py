@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
+    among,
     annotated_ids,
     by_id,
     eval_grades,
-    facts,
     layers_of,
     load_stage_probe,
     make_table,
@@ -42,11 +43,9 @@ def label(campaign: Campaign, round_index: int) -> None:
     questions, clusters = campaign.stage("questions"), campaign.stage("cluster", round_index)
 
     def work(stage: Stage) -> Outcome:
-        pool_rows = questions.table(["question_id", "split", "group"])
-        seeds = pool_rows.filter(pc.equal(pool_rows["split"], "seed"))
-        group_of = by_id(seeds, "group")
-        table = clusters.table(["question_id", "purpose", "semantic_entropy"])
-        entropy_of = by_id(table.filter(pc.equal(table["purpose"], "probe")), "semantic_entropy")
+        group_of = by_id(questions.table(["question_id", "group"], pc.field("split") == "seed"), "group")
+        drawn = clusters.table(["question_id", "semantic_entropy"], pc.field("purpose") == "probe")
+        entropy_of = by_id(drawn, "semantic_entropy")
         ids = sorted(question_id for question_id in group_of if question_id in entropy_of)
         entropies = np.array([entropy_of[question_id] for question_id in ids])
         splits = split_seed_questions(
@@ -151,7 +150,10 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
         fitted = load_stage_probe(campaign, probed)
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
         second = second_axis(campaign, graded[0], round_index) if graded else None
+        finished = stage.finished_shards()
         for name in extracted.shard_names():
+            if name in finished:
+                continue
             table = read_shard(extracted.url, name)
             ids = table["question_id"].to_pylist()
             states = shard_states(table, extracted)
@@ -228,35 +230,56 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     It is the candidates that are ranked: an eval question is judged by the score of its fact's candidate, and only
     where the pool names no facts, or none in common, by its own.
     """
-    names = sorted(stage.finished_shards())
-    table = pa.concat_tables(
-        [read_shard(stage.url, name, ["question_id", "split", "score", "p_unknown", "quadrant"]) for name in names]
-    )
-    scored = table.filter(pc.equal(table["split"], "eval"))
-    candidates = table.filter(pc.equal(table["split"], "candidate"))
-    fact_of = facts(campaign)
-    ranked = {fact_of[name]: score for name, score in by_id(candidates, "score").items() if fact_of[name] is not None}
     bought = annotated_ids(campaign, round_index)
-    annotated = {fact_of.get(name) for name in bought} - {None}
+    counts, scores = _count_shards(stage, bought)
     correct = eval_grades(campaign, round_index)
+    questions = campaign.stage("questions")
+    fact_of = by_id(questions.table(["question_id", "fact"], among(correct)), "fact")
+    facts = pa.array(sorted({fact for fact in fact_of.values() if fact is not None}), pa.string())
+    is_asked = (pc.field("split") == "candidate") & pc.field("fact").isin(facts)
+    asks = by_id(questions.table(["question_id", "fact"], is_asked), "fact")
+    ranked = {fact: score for name, score in scores(asks).items() if (fact := asks[name]) is not None}
+    annotated = set(questions.table(["fact"], among(bought))["fact"].to_pylist()) - {None}
     pairs = [
         (not correct[name], ranked.get(fact_of[name], own))
-        for name, own in by_id(scored, "score").items()
-        if name in correct and fact_of[name] not in annotated
+        for name, own in scores(correct).items()
+        if fact_of[name] not in annotated
     ]
     metrics: dict[str, Any] = {
         "num_unannotated": len(pairs),
-        "unknown_fraction": pc.mean(pc.greater_equal(candidates["p_unknown"], 0.5).cast(pa.float32())).as_py()
-        if candidates.num_rows
-        else None,
+        "unknown_fraction": counts["unknown"] / counts["candidates"] if counts["candidates"] else None,
     }
     if pairs:
-        wrong, scores = zip(*pairs, strict=True)
+        wrong, ranks = zip(*pairs, strict=True)
         estimate = auroc_with_ci(
-            np.array(wrong), np.array(scores), row_seed(campaign.config.seed, round_index, "auroc", "")
+            np.array(wrong), np.array(ranks), row_seed(campaign.config.seed, round_index, "auroc", "")
         )
         metrics |= {"auroc_wrong": estimate.value, "auroc_wrong_ci": [estimate.low, estimate.high]}
-    if round_index and candidates.num_rows and not candidates["quadrant"].null_count:
-        left = candidates.filter(pc.invert(pc.is_in(candidates["question_id"], pa.array(bought, pa.string()))))
-        metrics["quadrants"] = {name: left["quadrant"].to_pylist().count(name) for name in QUADRANTS}
+    if round_index and counts["candidates"] and not counts["unjudged"]:
+        metrics["quadrants"] = {name: counts[name] for name in QUADRANTS}
     return metrics
+
+
+def _count_shards(
+    stage: Stage, bought: Sequence[str]
+) -> tuple[dict[str, int], Callable[[Iterable[str]], dict[str, float]]]:
+    """Candidates in all, ``unknown`` ones, those of each quadrant that have not been annotated and ``unjudged`` ones;
+    and how to look up scores."""
+    counts = dict.fromkeys(["candidates", "unknown", "unjudged", *QUADRANTS], 0)
+    names = sorted(stage.finished_shards())
+    annotated = pa.array(bought, pa.string())
+    for name in names:
+        table = read_shard(stage.url, name, ["question_id", "p_unknown", "quadrant"], pc.field("split") == "candidate")
+        counts["candidates"] += table.num_rows
+        counts["unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
+        counts["unjudged"] += table["quadrant"].null_count
+        left = table.filter(pc.invert(pc.is_in(table["question_id"], annotated)))
+        for quadrant, count in Counter(left["quadrant"].to_pylist()).items():
+            if quadrant is not None:
+                counts[quadrant] += count
+
+    def scores(ids: Iterable[str]) -> dict[str, float]:
+        tables = [read_shard(stage.url, name, ["question_id", "score"], among(ids)) for name in names]
+        return by_id(pa.concat_tables(tables), "score")
+
+    return counts, scores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,15 @@ def by_id(table: pa.Table, column: str) -> dict[str, Any]:
     return dict(zip(table["question_id"].to_pylist(), table[column].to_pylist(), strict=True))
 
 
+def among(ids: Iterable[str]) -> pc.Expression:
+    """True of these questions."""
+    return pc.field("question_id").isin(pa.array(list(ids), pa.string()))
+
+
 def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
     """Whether each eval question was answered right in a round."""
-    table = campaign.stage("cluster", round_index).table(["question_id", "purpose", "correct"])
-    table = table.filter(pc.equal(table["purpose"], "eval"))
-    return by_id(table, "correct")
+    graded = campaign.stage("cluster", round_index)
+    return by_id(graded.table(["question_id", "correct"], pc.field("purpose") == "eval"), "correct")
 
 
 def asked_ids(campaign: Campaign, round_index: int) -> list[str]:
@@ -71,11 +75,6 @@ def load_stage_probe(campaign: Campaign, probed: Stage) -> Probe:
         for name in ("probe.json", "probe.safetensors"):
             (Path(folder) / name).write_bytes(campaign.run.read_bytes(f"{probed.path}/{name}") or b"")
         return load_probe(folder)
-
-
-def facts(campaign: Campaign) -> dict[str, str | None]:
-    table = campaign.stage("questions").table(["question_id", "fact"])
-    return by_id(table, "fact")
 
 
 def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
