@@ -69,11 +69,12 @@ class RaySession:
                 ray.init(address=address, runtime_env={"py_modules": package_folders()}, **quiet)
             except RuntimeError as error:
                 raise _explained(error, address) from error
-            except ray.exceptions.AuthenticationError as error:
+            except (ray.exceptions.AuthenticationError, ConnectionError) as error:
+                # Something answers there, so it is mostly the token that is wrong.
                 raise ConfigError(
-                    f"the Ray cluster at {address} refuses this command's token",
-                    hint="Set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the cluster's token "
-                    "(~/.ray/auth_token where it was started).",
+                    f"the Ray cluster at {address} does not let this command in: {_first_line(error)}",
+                    hint="Does it ask for a token? Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the "
+                    "cluster's token (~/.ray/auth_token where it was started).",
                 ) from error
         logging.getLogger("ray").setLevel(logging.ERROR)
 
@@ -110,6 +111,10 @@ def _explained(error: RuntimeError, address: str) -> Exception:
         f"the Ray cluster at {address} has {there}; this command has {here}",
         hint="Run ka2l in the cluster's environment (cluster/README.md), or set ray.address=local to start Ray here.",
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def cluster_address(config: RayConfig) -> str | None:
