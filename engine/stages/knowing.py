@@ -247,7 +247,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     ]
     metrics: dict[str, Any] = {
         "num_unannotated": len(pairs),
-        "unknown_fraction": counts["unknown"] / counts["candidates"] if counts["candidates"] else None,
+        "unknown_fraction": counts["likely_unknown"] / counts["candidates"] if counts["candidates"] else None,
     }
     if pairs:
         wrong, ranks = zip(*pairs, strict=True)
@@ -263,15 +263,15 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
 def _count_shards(
     stage: Stage, bought: Sequence[str]
 ) -> tuple[dict[str, int], Callable[[Iterable[str]], dict[str, float]]]:
-    """Candidates in all, ``unknown`` ones, those of each quadrant that have not been annotated and ``unjudged`` ones;
+    """Counts of candidates: in all, ``likely_unknown``, of each quadrant without the annotated, ``unjudged``;
     and how to look up scores."""
-    counts = dict.fromkeys(["candidates", "unknown", "unjudged", *QUADRANTS], 0)
+    counts = dict.fromkeys(["candidates", "likely_unknown", "unjudged", *QUADRANTS], 0)
     names = sorted(stage.finished_shards())
     annotated = pa.array(bought, pa.string())
     for name in names:
         table = read_shard(stage.url, name, ["question_id", "p_unknown", "quadrant"], pc.field("split") == "candidate")
         counts["candidates"] += table.num_rows
-        counts["unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
+        counts["likely_unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
         counts["unjudged"] += table["quadrant"].null_count
         left = table.filter(pc.invert(pc.is_in(table["question_id"], annotated)))
         for quadrant, count in Counter(left["quadrant"].to_pylist()).items():
