@@ -105,8 +105,9 @@ def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
         config,
         trust_remote_code=arguments["trust_remote_code"],
     )
-    noise = calibrate_noise(decoder, unseen, arguments["seed"]) if config.noise is None else config.noise
-    return metrics | fidelity(decoder.decode(unseen, arguments["seed"]), asked) | {"noise": noise}
+    decoded = decoder.decode(unseen, arguments["seed"])
+    noise = calibrate_noise(decoder, unseen, decoded, arguments["seed"]) if config.noise is None else config.noise
+    return metrics | fidelity(decoded, asked) | {"noise": noise}
 
 
 def decode_states(

@@ -13,6 +13,7 @@ import torch
 
 from ka2l.decoder import Decoder, Inverter, new_inverter, question_token_ids
 from ka2l.decoder_config import SMALL, DecoderConfig
+from ka2l.decoding import add_noise
 from ka2l.errors import EngineError, PoolError
 from ka2l.metrics import exact_match, token_f1
 from ka2l.tuning import cpu_has_bfloat16
@@ -194,7 +195,7 @@ def fidelity(decoded: Sequence[str], questions: Sequence[str]) -> dict[str, floa
     }
 
 
-def calibrate_noise(decoder: Decoder, states: np.ndarray, seed: int) -> float:
+def calibrate_noise(decoder: Decoder, states: np.ndarray, decoded: Sequence[str], seed: int) -> float:
     """The least noise that turns nine of ten questions into other ones, in units of the layer's spread.
 
     How much that is differs by layer, model and round. With less the decoder mostly gives back the question itself;
@@ -202,19 +203,18 @@ def calibrate_noise(decoder: Decoder, states: np.ndarray, seed: int) -> float:
 
     Args:
         states: that the decoder was not trained on, shape (N, D).
+        decoded: what it reads in them as they are.
 
     Returns:
         Between 0.2 and 4.5; the most where even that does not do it.
     """
     import numpy as np
 
-    states = states[:_NUM_NOISED]
+    states, own = states[:_NUM_NOISED], decoded[:_NUM_NOISED]
     spread = decoder.inverter.spread.cpu().numpy()
     rng = np.random.default_rng(seed)
-    own = decoder.decode(states, seed)
     for noise in _NOISES:
-        moved = states + noise * spread * rng.standard_normal(states.shape)
-        others = decoder.decode(moved.astype(states.dtype), seed)
+        others = decoder.decode(add_noise(states, noise, spread, rng), seed)
         if sum(text == other for text, other in zip(own, others, strict=True)) <= _UNMOVED * len(own):
             break
     return noise

@@ -60,14 +60,19 @@ def make_variants(
         rng = np.random.default_rng(row_seed(seed, 0, "variants", question_id))
         state = states[row]
         sampled += [Variant([question_id], "sampled", state)] * config.num_sampled
-        for _ in range(config.num_noised):
-            moved = state + noise * spread * rng.standard_normal(len(state))
-            noised.append(Variant([question_id], "noised", moved.astype(states.dtype)))
+        noised += [
+            Variant([question_id], "noised", add_noise(state, noise, spread, rng)) for _ in range(config.num_noised)
+        ]
         for other in rng.permutation(neighbours[row])[: config.num_interpolated]:
             share = rng.uniform(*_MIXTURE)
             mixture = (1 - share) * state + share * states[other]
             mixed.append(Variant([question_id, ids[other]], "interpolated", mixture.astype(states.dtype)))
     return [*sampled, *noised, *mixed]
+
+
+def add_noise(states: np.ndarray, noise: float, spread: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """States of shape (..., D) with Gaussian noise of ``noise`` times ``spread``, shape (D,)."""
+    return (states + noise * spread * rng.standard_normal(states.shape)).astype(states.dtype)
 
 
 def _neighbours(states: np.ndarray, spread: np.ndarray) -> np.ndarray:

@@ -69,9 +69,8 @@ def test_noise_is_the_least_that_makes_most_questions_other_ones(
     config = settings(num_epochs=12.0)
     train_decoder(model, states, questions, config, str(tmp_path), 0)
     decoder = load_decoder(str(tmp_path), model, WIDTH, config)
-    noise = calibrate_noise(decoder, states, 0)
-
     own = decoder.decode(states, 0)
+    noise = calibrate_noise(decoder, states, own, 0)
     spread = states.std(axis=0)
 
     def share_unmoved(size: float) -> float:
@@ -80,7 +79,7 @@ def test_noise_is_the_least_that_makes_most_questions_other_ones(
 
     assert share_unmoved(noise) < 0.15
     assert share_unmoved(noise / 2) > 0.15
-    assert calibrate_noise(decoder, states, 0) == noise
+    assert calibrate_noise(decoder, states, own, 0) == noise
 
 
 def test_going_on_from_a_decoder_starts_where_it_ended(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
