@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from actors.leases import Leases, start_host
 from engine.artifacts import RunDirectory
@@ -206,7 +206,7 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
-    table = Table("cell", "status", "round", "annotated", "accuracy", "seconds", "error")
+    table = Table(Column("cell", no_wrap=True), "status", "round", "annotated", "accuracy", "seconds", "error")
     for cell in cells:
         state = states[cell.name] if states is not None else read_state(root, cell.name)
         rounds: list[dict[str, Any]] = []
