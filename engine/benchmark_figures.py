@@ -42,7 +42,7 @@ def curves(data: BenchmarkData) -> list[Chart]:
 
 
 def _curves(data: BenchmarkData, lines: Sequence[Combination], top: float) -> go.Figure:
-    figure = new_figure("annotations", "accuracy", height=320, showlegend=False)
+    figure = new_figure("annotations", "accuracy", height=300, showlegend=False)
     figure.update_layout(margin_t=12)
     for item in lines:
         own = color(data, item.model)
