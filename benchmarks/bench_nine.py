@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
     "model": {"dtype": "float32"},
     "pool": {"columns": {"group": "subject"}, "num_seed": 60, "num_eval": 60},
     "prompt": {"template": "plain", "instruction": "", "num_shots": 0},
-    "sampler": {"num_samples": 5, "temperature": 0.15, "max_tokens": 4, "max_model_len": 128, "cpu_kv_cache_gib": 0.25},
+    "sampler": {"num_samples": 5, "temperature": 0.15, "max_tokens": 8, "max_model_len": 128, "cpu_kv_cache_gib": 0.25},
     "probe": {"kind": "linear", "num_epochs": 20, "num_bootstrap": 100},
     "selection": {"budget": 40},
     "tuning": {"max_steps": 30, "batch_size": 16, "learning_rate": 0.01, "num_rehearsal_samples": 2, "max_length": 64},
