@@ -1,6 +1,6 @@
 """A process for each cell, forked from one that has done the imports: they take seconds and most of a driver's memory.
 
-That one is Python's fork server. It holds no Ray and no thread, and ends with the process that it was started by.
+That one is Python's fork server. It holds no Ray and no thread, and ends when the coordinator and all cells have ended.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_PR_SET_NAME = 15
 _LIBC = ctypes.CDLL(None)
 
 
@@ -61,9 +63,8 @@ class CellProcess:
 def _run(words: list[str], environment: dict[str, str], log: str) -> None:
     """Become the process of a cell."""
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if sys.platform == "linux":
-        # A cell whose coordinator is gone, and the fork server with it, would hold its run directory against the next.
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         _LIBC.prctl(_PR_SET_NAME, b"ka2l-cell")
     said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, said), (2, said)):
@@ -74,3 +75,11 @@ def _run(words: list[str], environment: dict[str, str], log: str) -> None:
     from engine.cli import main
 
     main()
+
+
+def _end_with_parent() -> None:
+    """A cell whose coordinator is gone, however it went, would hold its run directory against the next one."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
