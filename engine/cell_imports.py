@@ -1,4 +1,8 @@
-"""What the driver of a run imports, for the process that cells are forked from: it has all of it when they begin."""
+"""What the driver of a run imports, for the process that cells are forked from: it has all of it when they begin.
+
+All but Ray: it draws the names of workers and objects from a generator of random numbers that it seeds when it is first
+used, and cells that had it in common would get the same names.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,14 @@ import importlib
 for _name in (
     "torch",
     "transformers",
-    "peft",
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
+    "peft",
     "sklearn.linear_model",
-    "ray.data",
-    "ray.train.torch",
+    "pyarrow.parquet",
     "plotly.offline",
     "jinja2",
-    "engine.loop",
-    "engine.benchmark",
+    "engine.config",
 ):
     importlib.import_module(_name)
 # A collection writes into every object that it looks at, and what is written to is not shared any more.

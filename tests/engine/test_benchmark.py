@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,13 +40,10 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ran(finished: Any, ka2l: Any, tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The campaign of `finished`, cut off after its first round, with two models; a third cannot be loaded. It is
-    killed when the first cell is complete."""
+    """The campaign of `finished`, cut off after its first round, with two models; a third falls over the
+    first question. It is killed when the first cell is complete."""
     folder = tmp_path_factory.mktemp("benchmark")
-    broken = folder / "broken"
-    broken.mkdir()
-    for file in tiny_models("qwen2.5").iterdir():
-        (broken / file.name).write_bytes(b"" if file.suffix == ".safetensors" else file.read_bytes())
+    broken = tiny_models("qwen2.5", vocab_size=32)  # its tokenizer has more
     values = finished.files.values
     matrix = {
         "models": {
@@ -132,3 +131,9 @@ def test_the_report_compares_the_cells(ran: Ran) -> None:
     page = (ran.run_dir / "benchmark.html").read_text()
     assert 'id="chart-curve-0"' in page
     assert CELLS["broken"] in page
+
+
+def test_what_cells_are_forked_from_has_the_libraries_but_no_ray() -> None:
+    code = "import json, sys, engine.cell_imports; print(json.dumps(list(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"ray", "torch", "transformers", "peft"} & set(json.loads(done.stdout)) == {"torch", "transformers", "peft"}
