@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rich.live import Live
 from rich.table import Column, Table
+from rich.text import Text
 
 from actors.leases import Leases, start_host
 from engine.artifacts import RunDirectory
@@ -149,7 +150,7 @@ class _Queue:
             state = state._replace(status="paused")
         else:
             how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-            said = f"{how}: {_tail(Path(self.root.logs()) / f'{name}.log')}"
+            said = f"{how}: {_last_words(Path(self.root.logs()) / f'{name}.log')}"
             again = state.attempts <= self.config.retries and code != 2
             state = state._replace(status="waiting" if again else "failed", error=said)
             self.events.say(f"{name}: {how}" + (", is started again" if again else ", has failed"))
@@ -185,7 +186,16 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
-    table = Table(Column("cell", no_wrap=True), "status", "round", "annotated", "accuracy", "seconds", "error")
+    columns = (
+        Column("cell", no_wrap=True),
+        Column("status", no_wrap=True),
+        "round",
+        "annotated",
+        "accuracy",
+        "seconds",
+    )
+    table = Table(*columns, caption_justify="left")
+    errors = []
     for cell in cells:
         state = states[cell.name] if states is not None else read_state(root, cell.name)
         rounds: list[dict[str, Any]] = []
@@ -196,11 +206,17 @@ def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, 
         accuracy = last.get("accuracy")
         table.add_row(
             cell.name, state.status, str(last.get("round", "")), str(last.get("num_annotated", "")),
-            "" if accuracy is None else f"{accuracy:.3f}", f"{state.seconds:,.0f}", (state.error or "")[:60],
+            "" if accuracy is None else f"{accuracy:.3f}", f"{state.seconds:,.0f}",
         )  # fmt: skip
+        if state.error:
+            errors.append(f"{cell.name}: {' '.join(state.error.split())[:200]}")
+    table.caption = Text("\n".join(errors)) if errors else None
     return table
 
 
-def _tail(path: Path, num_lines: int = 5) -> str:
+def _last_words(path: Path, num_lines: int = 5) -> str:
+    """The error that a command ended with, and the last lines of its log."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return "\n".join(line for line in lines[-num_lines:] if line.strip())
+    last = [line for line in lines[-num_lines:] if line.strip()]
+    error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+    return "\n".join(last if error is None or error in last else [error, *last])
