@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from actors.faults import FaultsConfig
 from actors.host import Host, Stats, set_num_threads
+from actors.placement import Placement
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
 from ka2l.records import stored_layers, stored_states
@@ -56,6 +58,7 @@ def run_decoder_training(
     trust_remote_code: bool,
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    faults: FaultsConfig,
 ) -> dict[str, Any]:
     """Train a decoder under Ray Train; blocks until it is written to ``output_dir``.
 
@@ -85,7 +88,7 @@ def run_decoder_training(
         "previous": previous,
         "trust_remote_code": trust_remote_code,
     }
-    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker)
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults)
     return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress)
 
 
@@ -120,6 +123,8 @@ def decode_states(
     seed: int,
     trust_remote_code: bool,
     log_path: str | None,
+    placement: Placement,
+    faults: FaultsConfig,
 ) -> list[str]:
     """One question a state, shape (N, D), in a process of its own.
 
@@ -132,7 +137,8 @@ def decode_states(
         StageFailedError: the process died.
     """
     work = functools.partial(_decode, folder, model_path, states, sampled, config, seed, trust_remote_code)
-    texts: list[str] = run_remote(work, "decoding", config.cpus_per_worker, config.gpus_per_worker, log_path)
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults, placement)
+    texts: list[str] = run_remote(work, "decoding", workers, log_path)
     return texts
 
 
@@ -157,7 +163,14 @@ def _decode(
 
 
 def extract_states(
-    make_host: Callable[[], Host], texts: Sequence[str], *, cpus: float, gpus: float, log_path: str | None
+    make_host: Callable[[], Host],
+    texts: Sequence[str],
+    *,
+    cpus: float,
+    gpus: float,
+    log_path: str | None,
+    placement: Placement,
+    faults: FaultsConfig,
 ) -> tuple[pa.Table, Stats]:
     """States of some texts, in a process of its own.
 
@@ -168,9 +181,9 @@ def extract_states(
         KA2LError: as the worker raised it.
         StageFailedError: the process died.
     """
-    found: tuple[pa.Table, Stats] = run_remote(
-        functools.partial(_extract, make_host, list(texts)), "forwarding decoded questions", cpus, gpus, log_path
-    )
+    work = functools.partial(_extract, make_host, list(texts))
+    workers = Workers("extraction", 1, cpus, gpus, faults, placement)
+    found: tuple[pa.Table, Stats] = run_remote(work, "forwarding decoded questions", workers, log_path)
     return found
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from actors.faults import FaultsConfig
 from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
 from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
 from ka2l.errors import ConfigError
@@ -19,6 +20,7 @@ from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
+    from actors.placement import Placement
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
     from actors.teacher import TeacherHost
@@ -196,11 +198,11 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
     engine = config.engine
     pool = HostPool(
         partial(teacher_host, config),
-        replicas=engine.replicas,
+        placement=context.placement,
         cpus=engine.cpus_per_replica,
         gpus=engine.gpus_per_replica,
         log_path=context.log_path,
-        timeout_s=context.release_timeout_s,
+        faults=context.faults,
     )
     named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
     journal = open_journal(context.run, "teacher")
@@ -258,8 +260,9 @@ class AnnotationContext(NamedTuple):
     run_seed: int
     log_path: str
     """Where the annotator's workers write their chatter."""
-    release_timeout_s: float
-    """How long they wait for cores and GPUs."""
+    placement: Placement
+    """Of the annotator's workers."""
+    faults: FaultsConfig
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:

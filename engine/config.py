@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from actors.faults import FaultsConfig
 from engine.prices import PricesConfig
 from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
@@ -56,7 +57,7 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything about a run."""
 
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "ray"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "faults", "ray"})
 
     name: str = "run"
     """Names the run directory ``runs/NAME`` where none is given."""
@@ -96,6 +97,8 @@ class RunConfig(Section):
     """Caps."""
     prices: PricesConfig = PricesConfig()
     """What the report's net saving reckons with."""
+    faults: FaultsConfig = FaultsConfig()
+    """What is done about workers and questions that fail."""
     ray: RayConfig = RayConfig()
     """Where workers live."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
@@ -78,6 +79,8 @@ def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Arra
     if campaign.config.selection.kind == "semantic_entropy":
         drawn = read_shard(observed.url, shard, ["question_id", "purpose", "semantic_entropy"])
         found = by_id(drawn.filter(pc.equal(drawn["purpose"], "probe")), "semantic_entropy")
+        # What could not be sampled cannot be ranked.
+        table = table.filter(pc.is_in(table["question_id"], pa.array(list(found), pa.string())))
         entropy = np.array([found[name] for name in table["question_id"].to_pylist()], dtype=np.float64)
     p_wrong = table["p_wrong"]
     return Candidates(
@@ -108,18 +111,17 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         ids = asked_ids(campaign, round_index)
         text_of = by_id(questions.table(["question_id", "question"], among(ids)), "question")
         text_of |= by_id(kept_questions(campaign, round_index), "question")
-        context = annotation_context(campaign, round_index, text_of)
-        annotator = build.annotator(campaign.config.annotator, context)
-        size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
-        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
         refused: Counter[str] = Counter()
         stopped, num_not_asked = None, 0
-        # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
-        close = getattr(annotator, "close", lambda: None)
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
-            ended.enter_context(_workers(campaign))
-            ended.callback(close)
+            placement = ended.enter_context(_workers(campaign))
+            context = annotation_context(campaign, round_index, text_of, placement)
+            annotator = build.annotator(campaign.config.annotator, context)
+            # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
+            ended.callback(getattr(annotator, "close", lambda: None))
+            size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
+            batches = [ids[start : start + size] for start in range(0, len(ids), size)]
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
@@ -151,11 +153,11 @@ def annotate(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Any]:
+def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Placement]:
     """What annotating holds: a local teacher's engines, else the driver alone."""
     config = campaign.config.annotator
     if config.kind != "local_teacher":
-        return contextlib.nullcontext()
+        return contextlib.nullcontext(Placement(0))
     return campaign.hold(config.engine.replicas, config.engine.cpus_per_replica, config.engine.gpus_per_replica)
 
 
@@ -191,11 +193,14 @@ def annotator_fields(campaign: Campaign) -> dict[str, Any]:
     return fields
 
 
-def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> build.AnnotationContext:
+def annotation_context(
+    campaign: Campaign, round_index: int, text_of: Mapping[str, str], placement: Placement
+) -> build.AnnotationContext:
     """What the annotator of a round may look at.
 
     Args:
         text_of: the questions it may be asked.
+        placement: of a local teacher's workers.
     """
     references = campaign.stage("references")
 
@@ -216,7 +221,8 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
         config.budget.money,
         config.seed,
         campaign.log_path(campaign.stage("annotate", round_index)),
-        config.ray.release_timeout_s,
+        placement,
+        config.faults,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.decoder import decode_states, extract_states
+from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
@@ -123,7 +124,7 @@ def _decode(
     """One question a variant: sampled where the state is a question's own, else the likeliest."""
     config = campaign.config.decoder
     sampled = np.array([variant.kind == "sampled" for variant in variants], dtype=bool)
-    with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker):
+    with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker) as placement:
         return decode_states(
             folder=campaign.decoder_dir(fitted_round),
             model_path=campaign.model.path,
@@ -133,6 +134,8 @@ def _decode(
             seed=seed,
             trust_remote_code=campaign.model.trust_remote_code,
             log_path=log,
+            placement=placement,
+            faults=campaign.config.faults,
         )
 
 
@@ -183,7 +186,7 @@ def _gate_drafts(
     drafts.stop(rows, np.array([(drafts.p_unknown[row] or 0.0) >= _UNKNOWN for row in rows], dtype=bool), "known")
 
     rows = drafts.left
-    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}))
+    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}, Placement(0)))
     can: Callable[[Mapping[str, str]], set[str]] | None = getattr(annotator, "answerable", None)
     asked = {decoded_id(drafts.questions[row]): drafts.questions[row] for row in rows}
     answerable = set(asked) if can is None else can(asked)
@@ -199,8 +202,16 @@ def _states(
     extraction = one_layer(config.extraction, layer)
     cpus, gpus = extraction.cpus_per_replica, extraction.gpus_per_replica
     make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
-    with campaign.hold(1, cpus, gpus):
-        return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
+    with campaign.hold(1, cpus, gpus) as placement:
+        return extract_states(
+            make,
+            texts,
+            cpus=cpus,
+            gpus=gpus,
+            log_path=log,
+            placement=placement,
+            faults=config.faults,
+        )
 
 
 def _moments(extracted: Stage, layer: int) -> tuple[np.ndarray, np.ndarray]:

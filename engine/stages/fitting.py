@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from actors.decoder import PairSource, run_decoder_training
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
 from engine.stages.tables import adapter_input, by_id, load_stage_probe, states_of
 from ka2l.hidden_states import ExtractionConfig
 from ka2l.metrics import auroc
@@ -126,7 +127,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         with (
             campaign.run.scratch() as scratch,
             campaign.events.progress(stage.label, 1, "steps") as progress,
-            campaign.hold(1, config.decoder.cpus_per_worker, gpus),
+            campaign.hold(1, config.decoder.cpus_per_worker, gpus, reserve=False),
         ):
 
             def on_progress(report: dict[str, Any]) -> None:
@@ -146,6 +147,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
                 trust_remote_code=campaign.model.trust_remote_code,
                 log_path=campaign.log_path(stage),
                 on_progress=on_progress,
+                faults=config.faults,
             )
             for file in sorted((scratch / "decoder").iterdir()):
                 if file.is_file():

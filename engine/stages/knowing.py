@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     among,

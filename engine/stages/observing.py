@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 from actors.sampler import ObservePlan
 from engine import build
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
 from engine.stages.tables import adapter_input, among, by_id, eval_grades, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 

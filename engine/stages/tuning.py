@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.trainer import run_canary, run_training, write_rows
+from actors.trainer import Workers, run_canary, run_training, write_rows
 from engine.artifacts import Stage
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import adapter_input, by_id
@@ -78,7 +78,7 @@ def _train(
     tuning = config.tuning
     with (
         campaign.events.progress(stage.label, 1, "steps") as progress,
-        campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker),
+        campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker, reserve=False),
     ):
 
         def on_progress(report: dict[str, Any]) -> None:
@@ -99,6 +99,7 @@ def _train(
             log_path=campaign.log_path(stage),
             on_progress=on_progress,
             chat=prompter.is_chat,
+            faults=config.faults,
         )
         progress.advance(metrics["num_steps"] - progress.done, f"loss {metrics['last_loss']:.3f}")
     return metrics
@@ -120,7 +121,8 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
         "trust_remote_code": campaign.model.trust_remote_code,
         "chat": prompter.is_chat,
     }
-    with campaign.hold(1, config.tuning.cpus_per_worker, gpus):
-        result = run_canary(arguments, cpus=config.tuning.cpus_per_worker, gpus=gpus, log_path=log)
+    cpus = config.tuning.cpus_per_worker
+    with campaign.hold(1, cpus, gpus) as placement:
+        result = run_canary(arguments, Workers("tuning", 1, cpus, gpus, config.faults, placement), log)
     check_canary(result)
     return result

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from actors.trainer import _Follower, read_rows, run_canary, run_training, write_rows
+from actors.trainer import Workers, _Follower, read_rows, run_canary, run_training, write_rows
 from ka2l.adapter import AdapterConfig
 from ka2l.errors import ModelError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
@@ -122,4 +122,4 @@ def test_canary_runs_in_its_own_process_and_raises_its_own_errors(llama: str, tm
 
     arguments = {"model_path": llama, "adapter_dir": str(tmp_path / "none"), "prompts": ["A:"], "chat": False}
     with pytest.raises(ModelError, match="adapter_config"):
-        run_canary(arguments, cpus=1.0, gpus=0.0, log_path=str(tmp_path / "canary.log"))
+        run_canary(arguments, Workers("tuning", 1, 1.0, 0.0), str(tmp_path / "canary.log"))
