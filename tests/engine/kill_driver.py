@@ -24,8 +24,9 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import engine.campaign
 import engine.cli
+import engine.jobs
+import engine.shard_run
 from actors.host import Stats
 from engine.artifacts import Manifest, Stage
 from engine.events import Events
@@ -61,7 +62,7 @@ def kill_before_commit(stage: str, round_index: int | None) -> None:
     Stage.commit = commit_or_die  # type: ignore[method-assign]
 
 
-class SlowHostJob(engine.campaign.HostJob):
+class SlowHostJob(engine.jobs.HostJob):
     """Leaves time to be killed between two shards. Defined in the main script, so it is pickled by value."""
 
     def run(self, name: str) -> tuple[int, Stats]:
@@ -91,7 +92,7 @@ def main() -> None:
     elif kill:
         kill_after_event(kill, kill.pop("count", 1))
     if kill.get("event") == "shard_written":
-        engine.campaign.HostJob = SlowHostJob  # type: ignore[misc]
+        engine.shard_run.HostJob = SlowHostJob  # type: ignore[misc]
     engine.cli.main()
 
 

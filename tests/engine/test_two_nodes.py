@@ -118,7 +118,15 @@ def submitted(cluster: Cluster, finished: Any, tmp_path_factory: pytest.TempPath
         *(str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--"),
         *(str(BIN / "ka2l"), "run", str(finished.files.config), "--run-dir", str(run_dir), "--resume", *options),
     ]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False)
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False
+        )
+        # A node may be there some time before the agent on it that takes jobs.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run_dir
 
