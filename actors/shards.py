@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import time
+import warnings
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -88,6 +89,8 @@ def map_shards(
     with quiet_data_context() as context:
         watch = _Watch(stall_s)
         context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, watch.callback_class()]
+        # Placement groups go to Ray Data's actors by an argument that is to be named otherwise after Ray 2.63.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         dataset = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names)).map_batches(
             _Worker,
             fn_constructor_kwargs={"job": job, "log_path": log_path},

@@ -16,6 +16,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from engine.artifacts import RunDirectory
+from engine.jobs import FAILED
+from engine.ledger import committed_stages
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
@@ -54,6 +56,7 @@ def collect(run: RunDirectory, status: str | None = None, reason: str | None = N
     data = collect_stages(reader, status, reason)
     _read_tables(reader, data)
     _read_quarantine(reader, data)
+    _read_failures(reader, data)
     return data
 
 
@@ -278,3 +281,19 @@ def _read_quarantine(reader: Reader, data: ReportData) -> None:
     data.quarantine_counts = dict(reasons.most_common())
     order = {reason: position for position, reason in enumerate(data.quarantine_counts)}
     data.quarantine_examples.sort(key=lambda example: order[example[0].split(":", 1)[0].strip()])
+
+
+def _read_failures(reader: Reader, data: ReportData) -> None:
+    """Questions that broke a stage's work on them, beside the rows that never became questions."""
+    for stage in committed_stages(reader.run):
+        try:
+            if not stage.require().cost.get(FAILED):
+                continue
+            failures = stage.failures()
+        except UNREADABLE as error:
+            reader.note(stage.label, error)
+            continue
+        kind = f"failed in {stage.label}"
+        data.quarantine_counts[kind] = len(failures)
+        for failure in failures[:3]:
+            data.quarantine_examples.append((f"{kind}: {failure.reason}", stage.label, None, failure.question_id))

@@ -33,7 +33,7 @@ MIDDLES: list[dict[str, Any]] = [
     {"event": "shard_written", "stage": "observe", "round": 1},
     {"event": "before_commit", "stage": "label", "round": 1},
     {"event": "shard_written", "stage": "extract", "round": 1},
-    {"event": "shard_written", "stage": "feedback", "round": 1},
+    {"event": "shard_written", "stage": "feedback", "round": 1, "signal": signal.SIGTERM},
     {"event": "before_commit", "stage": "knowledge", "round": 1},
     {"event": "shard_written", "stage": "annotate", "round": 1, "count": 2},
     {"event": "training_step", "round": 1},
@@ -118,7 +118,9 @@ def survive(ka2l: Any, run_dir: Path, kills: list[dict[str, Any]], log: Path, *,
         if kill is None:
             assert ended.returncode == 0, ended.stderr
         else:
-            assert ended.returncode == -signal.SIGKILL, f"{where}: it was not: {ended.stderr}"
+            by = kill.get("signal", signal.SIGKILL)
+            expected = 143 if by == signal.SIGTERM else -signal.SIGKILL
+            assert ended.returncode == expected, f"{where}: it was not: {ended.stderr}"
             wait_for_end(ended.pid, 60)
             sessions.append((time.monotonic(), ended.pid))
             check_partial(run_dir, kill)
