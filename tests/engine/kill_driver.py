@@ -1,10 +1,10 @@
 """Runs a `ka2l` command in a process that ends itself with SIGKILL at a chosen point.
 
 ``KA2L_TEST_KILL`` is null or a JSON object: ``event``, ``stage``, ``round`` and ``count`` (the process dies right after
-the count-th such event is written; keys left out match anything; ``signal`` is another one than SIGKILL), or the event ``before_commit`` with ``stage`` and
-``round`` (it dies when all files of the stage are there and the manifest is not). With ``poison``, ids of questions,
-it lives, and every stage fails over these. ``KA2L_TEST_LOG`` names a file that
-takes the ids of the questions that the annotator is asked.
+the count-th such event is written; keys left out match anything; ``signal`` is another one than SIGKILL), or the event
+``before_commit`` with ``stage`` and ``round`` (it dies when all files of the stage are there and the manifest is not).
+With ``poison``, ids of questions, it lives, and every stage fails over these. ``KA2L_TEST_LOG`` names a file that takes
+the ids of the questions that the annotator is asked.
 
 ``kill_driver.py --serve SOCKET`` waits for commands instead and forks a process for each: they save the imports, which
 are most of what a short command takes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ pytestmark = pytest.mark.slow
 def test_questions_that_break_the_work_are_set_aside_and_too_many_end_the_run(
     finished: Any, ka2l: Any, on_cluster: list[str], tmp_path: Path
 ) -> None:
-    split_of = {
-        row["question_id"]: row["split"]
-        for row in RunDirectory(finished.run_dir).stage("questions").table().to_pylist()
-    }
+    questions = RunDirectory(finished.run_dir).stage("questions").table(["question_id", "split"])
+    split_of = {row["question_id"]: row["split"] for row in questions.to_pylist()}
     bad = [next(name for name, split in split_of.items() if split == wanted) for wanted in ("seed", "candidate")]
     run_dir, kill = tmp_path / "run", {"poison": bad}
     ended = ka2l("probe", finished.files.config, "--run-dir", run_dir, *on_cluster, kill=kill)
@@ -43,7 +42,7 @@ def test_questions_that_break_the_work_are_set_aside_and_too_many_end_the_run(
     words = ["--redo-from", "observe", "--set", "faults.max_failed_share=0.0", *on_cluster]
     ended = ka2l("resume", run_dir, *words, kill=kill)
     assert ended.returncode == 1
-    assert "round-000/observe: 1 questions failed, 0 may" in ended.stderr
+    assert re.search(r"round-000/observe: [12] questions failed, 0 may", ended.stderr)
     assert "ValueError: poison" in ended.stderr
     assert "faults.max_failed_share" in ended.stderr
     assert "Traceback" not in ended.stderr
