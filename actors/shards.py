@@ -9,7 +9,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,6 +24,8 @@ from ka2l.errors import KA2LError, StageStalledError
 
 #: Seconds between two looks at the cluster's nodes.
 _LOOK_S = 5.0
+#: Seconds without any shard, after which somebody is told, and then again.
+_TELL_S = 300.0
 
 
 class ShardJob(Protocol):
@@ -72,6 +74,7 @@ def map_shards(
     gpus: float,
     log_path: str | None,
     stall_s: float = math.inf,
+    on_wait: Callable[[float], None] | None = None,
 ) -> Generator[ShardDone]:
     """Run ``job`` over shards, yielding each as it is written. A worker that dies is replaced, and makes its shard.
 
@@ -81,13 +84,14 @@ def map_shards(
         gpus: of a worker.
         log_path: file for what workers print.
         stall_s: seconds without any shard after which the workers are given up.
+        on_wait: called, in another thread, with the seconds that have passed without any shard, now and then.
 
     Raises:
         KA2LError: as a worker raised it.
         StageStalledError: no shard was made in ``stall_s`` seconds, or a node is gone; what was yielded is written.
     """
     with quiet_data_context() as context:
-        watch = _Watch(stall_s)
+        watch = _Watch(stall_s, on_wait)
         context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, watch.callback_class()]
         # Placement groups go to Ray Data's actors by an argument that is to be named otherwise after Ray 2.63.
         warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
@@ -114,19 +118,25 @@ def map_shards(
 class _Watch:
     """Ends a pipeline that would wait for ever: for a worker that is stuck, or for one that finds no node any more."""
 
-    def __init__(self, stall_s: float) -> None:
+    def __init__(self, stall_s: float, on_wait: Callable[[float], None] | None) -> None:
         self._stall_s = stall_s
+        self._on_wait = on_wait
+        self._told = 0
         self._nodes = set(alive_nodes())
         self._last = self._looked = time.monotonic()
 
     def got_on(self) -> None:
         self._last = time.monotonic()
+        self._told = 0
 
     def look(self) -> None:
         """Raise StageStalledError where there is nothing to wait for."""
         now = time.monotonic()
         if now - self._last > self._stall_s:
             raise StageStalledError(f"its workers have made nothing for {now - self._last:,.0f} s")
+        if self._on_wait is not None and now - self._last > (self._told + 1) * _TELL_S:
+            self._told += 1
+            self._on_wait(now - self._last)
         if now - self._looked > _LOOK_S:
             self._looked = now
             if gone := self._nodes - set(alive_nodes()):

@@ -273,13 +273,16 @@ def _fit(trainer: Any, workers: Workers, log: Path) -> Any:
             signal.signal(signal.SIGINT, interrupt_handler)
 
 
+#: Where Ray Train and Ray core keep what they wrap: what user code raised, or how a worker died.
+_WRAPPED_AS = ("_base_exc", "cause", "health_check_failure")
+
+
 def _causes(error: BaseException) -> list[BaseException]:
     """What the workers raised, by rank, out of Ray's wrappings."""
     failures = getattr(error, "worker_failures", None)
     causes = []
     for failure in [failures[rank] for rank in sorted(failures)] if failures else []:
-        # Ray Train and Ray core each wrap what user code raised, under these names.
-        while isinstance(inner := getattr(failure, "_base_exc", getattr(failure, "cause", None)), BaseException):
+        while inner := next((found for name in _WRAPPED_AS if (found := getattr(failure, name, None))), None):
             failure = inner
         causes.append(failure)
     return causes

@@ -126,6 +126,8 @@ def status(run_dir: RunDirArgument) -> None:
         shown = {key: value for key, value in manifest.metrics.items() if isinstance(value, int | float | str)}
         what = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                          for key, value in shown.items() if key != "example")  # fmt: skip
+        if failed := manifest.cost.get("num_failed"):
+            what += f", {failed:.0f} questions failed"
         table.add_row(str(manifest.round if manifest.round is not None else ""), stage.name,
                       f"{manifest.seconds:.1f}", what)  # fmt: skip
     Console().print(table)

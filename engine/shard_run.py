@@ -89,6 +89,7 @@ class ShardRun:
                 map_shards(
                     self.job, list(self.missing), placement=placement, cpus=cpus, gpus=gpus,
                     log_path=campaign.log_path(self.stage), stall_s=_DEADLINES * self.faults.deadline_s,
+                    on_wait=self._say_waiting,
                 )
             ) as shards,
         ):  # fmt: skip
@@ -129,7 +130,15 @@ class ShardRun:
         stage = self.stage
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.campaign.events.emit("workers_lost", stage=stage.name, round=stage.round_index, reason=said)
-        named = ", ".join(self.missing[:3]) + (" ..." if len(self.missing) > 3 else "")
-        self.campaign.events.say(
-            f"{stage.label:<22} {said}; {len(self.missing)} shards are missing ({named}): its workers are replaced"
+        self.campaign.events.say(f"{stage.label:<22} {said}; {self._named_missing()}: its workers are replaced")
+
+    def _say_waiting(self, seconds: float) -> None:
+        stage = self.stage
+        self.campaign.events.emit(
+            "stage_waits", stage=stage.name, round=stage.round_index, seconds=round(seconds), missing=self.missing[:10]
         )
+        self.campaign.events.say(f"{stage.label:<22} nothing was made for {seconds:,.0f} s; {self._named_missing()}")
+
+    def _named_missing(self) -> str:
+        named = ", ".join(self.missing[:3]) + (" ..." if len(self.missing) > 3 else "")
+        return f"{len(self.missing)} shards are missing ({named})"

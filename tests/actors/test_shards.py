@@ -119,14 +119,19 @@ def test_a_worker_that_is_killed_is_replaced_and_every_shard_is_made(tmp_path: P
     assert job.num_opened() == 2
 
 
-def test_workers_that_make_nothing_are_given_up_in_time_with_an_error_that_says_so(tmp_path: Path) -> None:
+def test_workers_that_make_nothing_are_told_of_and_then_given_up_with_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(shards, "_TELL_S", 1.0)
     with (
         pytest.raises(StageStalledError, match="made nothing for") as caught,
         reserved(Capacity(0.5, 0.0), 1, 1, timeout_s=60.0) as placement,
     ):
-        run(Job(tmp_path, hang=True), placement=placement, stall_s=5.0)
+        run(Job(tmp_path, hang=True), placement=placement, stall_s=5.0, on_wait=waited.append)
     assert sorted(path.name for path in tmp_path.glob("made-*")) == [f"made-{name}" for name in NAMES[:2]]
     assert is_workers_loss(caught.value)
+    assert len(waited) >= 4
     # The worker that hangs is ended with its room. (Errors of earlier tests may hold theirs until they are collected.)
     gc.collect()
     wait_until_free(Capacity(2.0, 0.0), 1, timeout_s=60.0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,25 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
     assert max(abs(a[name]).max() for name in a if "lora_B" in name) > 1e-2
     assert "Loading weights" in (tmp_path / "2" / "tune.log").read_text()
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.slow
+def test_training_whose_worker_is_killed_is_begun_again(llama: str, tmp_path: Path) -> None:
+    config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, dtype="float32")
+    steps: list[int] = []
+
+    def kill_at_the_first(report: dict[str, Any]) -> None:
+        steps.append(report["step"])
+        if len(steps) == 1:
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                if entry.read_text().startswith("ray::RayTrainWorker"):
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+
+    result = train(llama, tmp_path, config, on_progress=kill_at_the_first)
+    assert result["num_steps"] == 12
+    assert steps[-12:] == list(range(1, 13))
+    assert len(steps) > 12
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow
