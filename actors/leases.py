@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -43,6 +44,13 @@ class Request(NamedTuple):
     """So many are enough to begin; ``num_workers`` where the stage cannot do with fewer."""
     priority: float = 0.0
     """Higher goes first; of equal ones, who asked first."""
+    left: float | None = None
+    """Work that its run has left, in a unit that all runs share; None for who wants all and no fair share."""
+
+    @property
+    def run(self) -> str:
+        """Whose it is: what stands before the slash of its key."""
+        return self.key.split("/")[0]
 
 
 class Grant(NamedTuple):
@@ -57,7 +65,9 @@ class LeaseQueue:
     """Grants in the order of priority and, behind one that does not fit yet, what fits beside it.
 
     That is list scheduling with backfilling (Graham 1969; Feitelson and Weil 1998). Whoever has waited longer than
-    ``patience_s`` at the head of the queue is not passed any more, so that none starves.
+    ``patience_s`` at the head of the queue is not passed any more, so that none starves. Where there is not enough for
+    all, nobody gets more workers than its share of the cluster, which is its share of all work that is left: so the
+    runs end at about the same time, and no engine is started for little.
 
     Args:
         nodes: name -> what it has.
@@ -74,6 +84,7 @@ class LeaseQueue:
         self._clock = clock
         self._waiting: dict[str, tuple[Request, float]] = {}
         self._held: dict[str, tuple[Request, tuple[str, ...]]] = {}
+        self._left: dict[str, float] = {}
 
     def ask(self, request: Request) -> None:
         """Queue up.
@@ -90,6 +101,12 @@ class LeaseQueue:
                 f"{request.worker.gpus:g} GPUs, and the cluster has room for {room}"
             )
         self._waiting[request.key] = (request, self._clock())
+        if request.left is not None:
+            self._left[request.run] = request.left
+
+    def forget(self, run: str) -> None:
+        """A run has ended: it has no work left."""
+        self._left.pop(run, None)
 
     def give_back(self, key: str) -> None:
         """End a lease, or stop waiting for one; a key that has neither is no error."""
@@ -114,9 +131,10 @@ class LeaseQueue:
 
     def grants(self) -> list[Grant]:
         """What can be granted now; it is held from here on."""
-        now, granted = self._clock(), []
-        for request, since in sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1])):
-            places = tuple(self._places(request.worker, self._free, request.num_workers))
+        now, granted, plenty = self._clock(), [], self._is_plenty()
+        for request, since in self._queue():
+            wanted = request.num_workers if plenty else self._fair(request)
+            places = tuple(self._places(request.worker, self._free, wanted))
             if len(places) >= request.min_workers:
                 for node in places:
                     self._free[node] = _plus(self._free[node], request.worker, -1)
@@ -127,6 +145,19 @@ class LeaseQueue:
                 break
         return granted
 
+    def _fair(self, request: Request) -> int:
+        """Workers that a run may have, by its share of all work that is left."""
+        if request.left is None:
+            return request.num_workers
+        most = len(list(self._places(request.worker, self._nodes, self._most(request.worker))))
+        share = request.left / max(_TINY, sum(self._left.values()))
+        return min(request.num_workers, max(request.min_workers, math.ceil(most * share - _TINY)))
+
+    def _most(self, worker: Capacity) -> int:
+        """No more workers than this fit on all nodes together."""
+        sums = [sum(node[index] for node in self._nodes.values()) for index in range(2)]
+        return int(min(has / wants for has, wants in zip(sums, worker, strict=True) if wants > 0) + _TINY)
+
     @property
     def held(self) -> list[str]:
         """Keys of all leases that have been granted."""
@@ -136,8 +167,19 @@ class LeaseQueue:
     def waiting(self) -> dict[str, float]:
         """Seconds that each has waited, the next to be granted first."""
         now = self._clock()
-        queue = sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1]))
-        return {request.key: now - since for request, since in queue}
+        return {request.key: now - since for request, since in self._queue()}
+
+    def _queue(self) -> list[tuple[Request, float]]:
+        return sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1]))
+
+    def _is_plenty(self) -> bool:
+        """Whether the cluster could hold all that anybody here wants, held or waited for."""
+        requests = [request for request, _ in [*self._waiting.values(), *self._held.values()]]
+        for index in range(2):
+            wanted = sum(request.num_workers * request.worker[index] for request in requests)
+            if wanted > sum(node[index] for node in self._nodes.values()):
+                return False
+        return True
 
     @staticmethod
     def _places(worker: Capacity, free: Mapping[str, Capacity], num_workers: int) -> Iterator[str]:
@@ -173,12 +215,14 @@ class LeaseHost:
         return await answer
 
     async def give_back(self, prefix: str) -> None:
-        """End all leases whose keys start with ``prefix``, granted or waited for."""
+        """End all leases whose keys start with ``prefix``, granted or waited for; ``RUN/`` ends the run."""
         for key in [*self._answers, *self._queue.held]:
             if key.startswith(prefix):
                 self._queue.give_back(key)
                 if (answer := self._answers.pop(key, None)) is not None:
                     answer.cancel()
+        if prefix.endswith("/"):
+            self._queue.forget(prefix.removesuffix("/"))
         self._serve()
 
     async def waiting(self) -> dict[str, float]:
@@ -215,11 +259,15 @@ class Leases:
         self._count = 0
 
     @contextlib.contextmanager
-    def hold(self, worker: Capacity, num_workers: int, min_workers: int) -> Iterator[int]:
-        """Wait for workers, for the length of a block; yields how many there are."""
+    def hold(self, worker: Capacity, num_workers: int, min_workers: int, left: float | None) -> Iterator[int]:
+        """Wait for workers, for the length of a block; yields how many there are.
+
+        Args:
+            left: as in `Request`.
+        """
         self._count += 1
         key = f"{self._cell}/{os.getpid()}-{self._count}"
-        granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority))
+        granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority, left))
         try:
             yield ray.get(granted)
         finally:

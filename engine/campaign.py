@@ -19,9 +19,11 @@ from engine.hours import Hours
 from engine.jobs import ShardInput
 from engine.meter import Meter
 from engine.shard_run import ShardRun
+from engine.work import RunSize, work_left
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
+from ka2l.sizing import model_needs
 
 #: What a stage's work hands back: metrics for the manifest and cost that is not in its shards.
 Outcome = tuple[Mapping[str, Any], Mapping[str, float]]
@@ -46,7 +48,10 @@ class Campaign:
     """Counts what the stage at work takes."""
     hours: Hours = field(init=False)
     """What is left of the cap on hours."""
+    round_index: int = field(default=0, init=False)
+    """Of the stage at work."""
     _model_id: str = field(default="", init=False)
+    _billions: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.hours = Hours(self.run, self.config.budget.hours)
@@ -72,7 +77,7 @@ class Campaign:
         with contextlib.ExitStack() as ended:
             if self.leases is not None:
                 with self.meter.wait():
-                    num_workers = ended.enter_context(self.leases.hold(worker, num_workers, least))
+                    num_workers = ended.enter_context(self.leases.hold(worker, num_workers, least, self.work_left()))
             placement = Placement(num_workers)
             if reserve:
                 placement = ended.enter_context(reserved(worker, num_workers, least, timeout_s))
@@ -80,6 +85,23 @@ class Campaign:
                 wait_until_free(worker, num_workers, timeout_s)
             ended.enter_context(self.meter.hold(placement.num_workers * cpus, placement.num_workers * gpus))
             yield placement
+
+    def work_left(self) -> float:
+        """GPU-seconds from this round's beginning to the run's end, as `engine.work` reckons."""
+        config, counts = self.config, self.stage("questions").require().metrics
+        if not self._billions:
+            needs = model_needs(self.model.path, trust_remote_code=self.model.trust_remote_code)
+            self._billions = needs.num_parameters / 1e9
+        num_candidates = int(counts["candidate"])
+        size = RunSize(
+            billions=self._billions,
+            num_questions=int(counts["usable"]),
+            num_sampled=int(counts["usable"]) - num_candidates,
+            num_rehearsed=round(config.tuning.rehearsal * num_candidates),
+            budget=config.selection.budget,
+            rounds=config.rounds,
+        )
+        return work_left(size, self.round_index)
 
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
@@ -189,6 +211,7 @@ def commit_stage(
         stage.verify()
         return stage
     campaign.hours.check(campaign, name, round_index)
+    campaign.round_index = round_index or 0
     for source in inputs:
         source.verify()
     campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
