@@ -450,6 +450,27 @@ class RunDirectory:
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(self.fs, f"{self.path}/{name}", buffer.getvalue())
 
+    def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
+        """Write tables of one schema as they come, as one Parquet file at the top of the run directory, whole or not at
+        all. Returns where."""
+        path, temporary = f"{self.path}/{name}", f"{self.path}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
+        with clear_storage_errors(path), contextlib.ExitStack() as ended:
+            self.fs.create_dir(self.path, recursive=True)
+            ended.callback(self._delete_quietly, temporary)
+            with contextlib.ExitStack() as opened:
+                writer = None
+                for table in tables:
+                    if writer is None:
+                        stream = opened.enter_context(self.fs.open_output_stream(temporary))
+                        writer = opened.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
+                    writer.write_table(table)
+            self.fs.move(temporary, path)
+        return f"{self.url}/{name}"
+
+    def _delete_quietly(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            self.fs.delete_file(path)
+
     def logs(self) -> str:
         """Local folder for the chatter of Ray, vLLM and the trainers."""
         folder = Path(self.path) / "logs" if self.is_local else Path.home() / ".cache" / "ka2l" / "logs"
