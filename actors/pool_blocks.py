@@ -59,7 +59,7 @@ class Blocks:
         """Index of each block's first row, and of the end; known when the keys are."""
         self._at_once = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
 
-    def keys(self) -> Iterator[BlockKeys]:
+    def each_keys(self) -> Iterator[BlockKeys]:
         """Keys of one block after the other; they are to be read to the end before anything else is asked."""
         for index, keys in self._each(_keys, [(ref,) for ref in self.refs]):
             self.starts[index + 1] = self.starts[index] + len(keys.question)

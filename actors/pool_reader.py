@@ -201,7 +201,7 @@ def _collect_keys(blocks: Blocks, num_rows: int, config: PoolConfig) -> _Keys:
         examples={},
     )
     start = 0
-    for part in blocks.keys():
+    for part in blocks.each_keys():
         rows = slice(start, start + len(part.question))
         keys.question[rows], keys.id[rows] = part.question, part.id
         keys.split[rows], keys.usable[rows] = part.split, part.usable
