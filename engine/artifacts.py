@@ -37,6 +37,7 @@ from ka2l.records import SCHEMA_VERSION
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 _STATS_KEY = b"ka2l_stats"
+_PIECE_BYTES = 8 * 2**20
 
 
 class FileEntry(BaseModel):
@@ -228,12 +229,12 @@ class Stage:
         for entry in manifest.files:
             if entry.path in self._verified:
                 continue
-            content = self.run.read_bytes(f"{self.path}/{entry.path}")
-            if content is None:
+            found = self.run.checksum(f"{self.path}/{entry.path}")
+            if found is None:
                 problem = "is missing"
-            elif len(content) != entry.num_bytes:
-                problem = f"has {len(content)} bytes, its manifest says {entry.num_bytes}"
-            elif hashlib.sha256(content).hexdigest() != entry.sha256:
+            elif found[0] != entry.num_bytes:
+                problem = f"has {found[0]} bytes, its manifest says {entry.num_bytes}"
+            elif found[1] != entry.sha256:
                 problem = "does not have the checksum in its manifest"
             else:
                 self._verified.add(entry.path)
@@ -350,18 +351,18 @@ class Stage:
             if info.base_name.startswith(".tmp-"):
                 self.run.fs.delete_file(info.path)
                 continue
-            content = self.run.read_bytes(info.path)
-            assert content is not None
+            found = self.run.checksum(info.path)
+            assert found is not None
             rows, stats = None, {}
             if info.base_name.endswith(".parquet"):
-                parquet = pq.read_metadata(pa.BufferReader(content))
+                parquet = pq.read_metadata(info.path, filesystem=self.run.fs)
                 rows, stats = parquet.num_rows, _stats(parquet)
             files.append(
                 FileEntry(
                     path=info.path.removeprefix(f"{self.path}/"),
                     num_rows=rows,
-                    num_bytes=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(),
+                    num_bytes=found[0],
+                    sha256=found[1],
                     stats=stats,
                 )
             )
@@ -425,6 +426,17 @@ class RunDirectory:
             return None
         with self.fs.open_input_stream(path) as stream:
             return stream.read()
+
+    def checksum(self, path: str) -> tuple[int, str] | None:
+        """Size in bytes and SHA-256 of a file, read piece by piece; None where there is none."""
+        if self.fs.get_file_info(path).type != pafs.FileType.File:
+            return None
+        digest, num_bytes = hashlib.sha256(), 0
+        with self.fs.open_input_stream(path) as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                digest.update(piece)
+                num_bytes += len(piece)
+        return num_bytes, digest.hexdigest()
 
     def list_files(self, path: str) -> list[pafs.FileInfo]:
         """Files below a folder; empty where the folder is not there."""
