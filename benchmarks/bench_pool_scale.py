@@ -192,8 +192,8 @@ def measure(num: int, options: argparse.Namespace) -> dict[str, Any]:
             "log": str(folder / "begun.txt"),
             "shard_rows": options.shard_rows,
             "workers": options.workers,
-            "num_seed": 2000,
-            "num_eval": 1000,
+            "num_seed": 2_000,
+            "num_eval": 1_000,
             "profile": options.profile,
         }
         run_process(spec | {"write_pool": True}, folder)
