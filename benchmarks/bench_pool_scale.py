@@ -31,6 +31,9 @@ what the engine itself takes. Memory is sampled every second:
   whole tree        proportional set sizes of the driver and all its descendants, Ray's processes and workers, added up:
                     pages that several share, such as the object store in /dev/shm, count once
 
+"Beyond" are rows a second of the rows beyond the smallest pool, without what takes the same for every pool: starting
+processes, importing libraries, training the probe on its 2,000 seed questions.
+
 With --kill SIZE the stages of that size are made once more: the driver is killed (SIGKILL) when half of the shards of
 `extract` are written and resumed, killed again in the middle of `knowledge` and resumed again. Shards that were begun
 twice are counted, and what is selected must be the same as without a kill.
@@ -210,6 +213,17 @@ def measure(num: int, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def growth(sizes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Rows a second of the rows beyond the smallest pool, by size, by stage and of all together."""
+    first, found = sizes[0], {}
+    for size in sizes[1:]:
+        rows = size["num_questions"] - first["num_questions"]
+        seconds = {name: size["stages"][name]["seconds"] - first["stages"][name]["seconds"] for name in STAGES}
+        seconds["all"] = sum(seconds.values())
+        found[str(size["num_questions"])] = {name: rows / taken for name, taken in seconds.items() if taken > 0}
+    return found
+
+
 def print_table(sizes: Sequence[Mapping[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -218,6 +232,10 @@ def print_table(sizes: Sequence[Mapping[str, Any]]) -> None:
     for name in STAGES:
         table.add_row(name, *(f"{size['stages'][name]['rows_per_s']:,.0f}" for size in sizes))
     table.add_row("all", *(f"{size['rows_per_s']:,.0f}" for size in sizes))
+    beyond = growth(sizes)
+    for name in (*STAGES, "all"):
+        rates = [beyond[str(size["num_questions"])].get(name) for size in sizes[1:]]
+        table.add_row(f"{name}, beyond", "", *(f"{rate:,.0f}" if rate else "" for rate in rates))
     table.add_row("seconds", *(f"{size['seconds']:,.1f}" for size in sizes))
     for key in ("driver_rss_mib", "driver_own_mib", "tree_mib"):
         table.add_row(f"peak {key}", *(f"{size['peak'][key]:,.0f}" for size in sizes))
@@ -243,7 +261,8 @@ def main() -> None:
         print(f"{num:,} questions ...", file=sys.stderr, flush=True)
         sizes.append(measure(num, options))
         settings = {key: getattr(options, key) for key in ("shard_rows", "workers")}
-        write_result("pool_scale", {"settings": settings, "sizes": sizes}, options.out)
+        found = {"settings": settings, "rows_per_s_beyond_the_smallest": growth(sizes), "sizes": sizes}
+        write_result("pool_scale", found, options.out)
     print_table(sizes)
 
 
