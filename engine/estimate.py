@@ -22,6 +22,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from actors.decoder import MOST_PAIRS
 from engine import stages
 from engine.artifacts import RunDirectory, read_shard
 from engine.campaign import Campaign
@@ -273,7 +274,7 @@ def _predict_decoding(
     made = []
     if corpus:
         made.append(_predict_extract(config, rates, index, "corpus_states", {"corpus": corpus}))
-    num_pairs = corpus + counts["candidate"]
+    num_pairs = sum(min(count, MOST_PAIRS) for count in (corpus, counts["candidate"]))
     epochs = decoder.refit_epochs if index else decoder.num_epochs
     steps = math.ceil(epochs * num_pairs / min(decoder.batch_size, num_pairs))
     fit = Prediction(index, "decoder", steps, seconds=decoding.fit.seconds(steps))

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 from rich.console import Console
 
+from actors import decoder
 from engine import artifacts, stages, warm_up
 from engine.artifacts import RunDirectory, Stage, shard_name, write_shard
 from engine.campaign import Campaign
@@ -253,6 +254,23 @@ def test_the_report_shows_the_same_however_the_pool_is_cut(begin: Begin) -> None
         shown.append((groups, first.points.questions, data.num_seed, data.num_candidates, data.num_eval))
     assert shown[0] == shown[1] == shown[2]
     assert {column for column, *_ in shown[0][0]} == {"kind", "place"}
+
+
+def test_a_decoder_is_fitted_on_the_same_questions_however_the_pool_is_cut(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "MOST_PAIRS", 40)
+    read = []
+    for shard_rows in (7, 100):
+        run = begin(shard_rows).run
+        asked, extracted = run.stage("questions"), run.stage("extract", 0)
+        source = decoder.PairSource(asked.url, extracted.url, asked.shard_names(), "candidate")
+        read.append(decoder.read_pairs([source], LAYERS[0], seed=3))
+    assert read[0][1] == read[1][1]
+    assert len(read[0][1]) == len(read[0][0]) == 40
+    np.testing.assert_array_equal(read[0][0], read[1][0])
+    monkeypatch.setattr(decoder, "MOST_PAIRS", NUM)
+    assert len(decoder.read_pairs([source], LAYERS[0])[1]) == SPLIT.count("candidate")
 
 
 def test_asked_and_annotated_questions_are_found_again(begin: Begin) -> None:
