@@ -17,6 +17,10 @@ from actors.placement import Placement
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
 from ka2l.records import stored_layers, stored_states
+from ka2l.seeds import row_seed
+
+#: Questions of one source that a decoder is fitted on at most: their states are held by one worker.
+MOST_PAIRS = 100_000
 
 
 class PairSource(NamedTuple):
@@ -29,19 +33,40 @@ class PairSource(NamedTuple):
     """Only questions of this split."""
 
 
-def read_pairs(sources: Sequence[PairSource], layer: int) -> tuple[np.ndarray, list[str]]:
-    """States of one layer, shape (N, D), and their questions, in the order of the shards."""
+def read_pairs(sources: Sequence[PairSource], layer: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """States of one layer, shape (N, D), and their questions, in the order of the shards.
+
+    Of a source with more than MOST_PAIRS questions so many are drawn, by a hash of (seed, question id).
+    """
     states, questions = [], []
     for source in sources:
+        drawn = _drawn(source, seed)
         for name in source.shards:
             texts = pq.read_table(f"{source.questions_url}/{name}", columns=["question_id", "question", "split"])
             text_of = dict(zip(texts["question_id"].to_pylist(), texts["question"].to_pylist(), strict=True))
             table = pq.read_table(f"{source.states_url}/{name}", columns=["question_id", "split", "states"])
             layers = stored_layers(table.schema)
             table = table.filter(pc.equal(table["split"], source.split))
+            if drawn is not None:
+                table = table.filter(pc.is_in(table["question_id"], value_set=drawn))
             states.append(stored_states(table, len(layers))[:, layers.index(layer)].astype(np.float32))
             questions += [text_of[name] for name in table["question_id"].to_pylist()]
     return np.concatenate(states), questions
+
+
+def _drawn(source: PairSource, seed: int) -> pa.Array | None:
+    """Ids of the questions to read; None where a source holds few enough to read all."""
+    ids = [
+        pq.read_table(
+            f"{source.states_url}/{name}", columns=["question_id"], filters=pc.field("split") == source.split
+        )["question_id"]
+        for name in source.shards
+    ]
+    if sum(map(len, ids)) <= MOST_PAIRS:
+        return None
+    draws = np.array([row_seed(seed, 0, "pairs", name) for part in ids for name in part.to_pylist()])
+    last = np.partition(draws, MOST_PAIRS - 1)[MOST_PAIRS - 1]
+    return pa.chunked_array(ids).filter(pa.array(draws <= last)).combine_chunks()
 
 
 def run_decoder_training(
@@ -97,10 +122,11 @@ def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
 
     config = DecoderConfig(**arguments["config"])
     set_num_threads(config.cpus_per_worker)
-    states, questions = read_pairs([PairSource(*source) for source in arguments["sources"]], arguments["layer"])
+    sources = [PairSource(*source) for source in arguments["sources"]]
+    states, questions = read_pairs(sources, arguments["layer"], arguments["seed"])
     same = {key: arguments[key] for key in ("output_dir", "seed", "previous", "trust_remote_code")}
     metrics = train_decoder(arguments["model_path"], states, questions, config, progress=report, **same)
-    unseen, asked = read_pairs([PairSource(*arguments["held_out"])], arguments["layer"])
+    unseen, asked = read_pairs([PairSource(*arguments["held_out"])], arguments["layer"], arguments["seed"])
     decoder = load_decoder(
         arguments["output_dir"],
         arguments["model_path"],

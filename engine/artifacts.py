@@ -37,6 +37,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"
 ATTEMPTS = "attempts"
 _STATS_KEY = b"ka2l_stats"
+_PIECE_BYTES = 8 * 2**20
 _FAILURES_KEY = b"ka2l_failures"
 
 
@@ -190,12 +191,12 @@ class Stage:
         for entry in manifest.files:
             if entry.path in self._verified:
                 continue
-            content = self.run.read_bytes(f"{self.path}/{entry.path}")
-            if content is None:
+            found = self.run.checksum(f"{self.path}/{entry.path}")
+            if found is None:
                 problem = "is missing"
-            elif len(content) != entry.num_bytes:
-                problem = f"has {len(content)} bytes, its manifest says {entry.num_bytes}"
-            elif hashlib.sha256(content).hexdigest() != entry.sha256:
+            elif found[0] != entry.num_bytes:
+                problem = f"has {found[0]} bytes, its manifest says {entry.num_bytes}"
+            elif found[1] != entry.sha256:
                 problem = "does not have the checksum in its manifest"
             else:
                 self._verified.add(entry.path)
@@ -344,18 +345,18 @@ class Stage:
             if info.base_name.startswith(".tmp-"):
                 self.run.fs.delete_file(info.path)
                 continue
-            content = self.run.read_bytes(info.path)
-            assert content is not None
+            found = self.run.checksum(info.path)
+            assert found is not None
             rows, stats = None, {}
             if info.base_name.endswith(".parquet"):
-                parquet = pq.read_metadata(pa.BufferReader(content))
+                parquet = pq.read_metadata(info.path, filesystem=self.run.fs)
                 rows, stats = parquet.num_rows, _stats(parquet)
             files.append(
                 FileEntry(
                     path=info.path.removeprefix(f"{self.path}/"),
                     num_rows=rows,
-                    num_bytes=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(),
+                    num_bytes=found[0],
+                    sha256=found[1],
                     stats=stats,
                 )
             )
@@ -417,6 +418,20 @@ class RunDirectory:
         """Content of a file, or None where there is none."""
         return read_bytes(self.fs, path)
 
+    def checksum(self, path: str) -> tuple[int, str] | None:
+        """Size in bytes and SHA-256 of a file, read piece by piece; None where there is none."""
+        return persistently(lambda: self._checksum(path), path)
+
+    def _checksum(self, path: str) -> tuple[int, str] | None:
+        if self.fs.get_file_info(path).type != pafs.FileType.File:
+            return None
+        digest, num_bytes = hashlib.sha256(), 0
+        with self.fs.open_input_stream(path) as stream:
+            while piece := stream.read(_PIECE_BYTES):
+                digest.update(piece)
+                num_bytes += len(piece)
+        return num_bytes, digest.hexdigest()
+
     def list_files(self, path: str) -> list[pafs.FileInfo]:
         """Files below a folder; empty where the folder is not there."""
         selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
@@ -441,6 +456,27 @@ class RunDirectory:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(self.fs, f"{self.path}/{name}", buffer.getvalue())
+
+    def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
+        """Write tables of one schema as they come, as one Parquet file at the top of the run directory, whole or not at
+        all. Returns where."""
+        path, temporary = f"{self.path}/{name}", f"{self.path}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
+        with clear_storage_errors(path), contextlib.ExitStack() as ended:
+            self.fs.create_dir(self.path, recursive=True)
+            ended.callback(self._delete_quietly, temporary)
+            with contextlib.ExitStack() as opened:
+                writer = None
+                for table in tables:
+                    if writer is None:
+                        stream = opened.enter_context(self.fs.open_output_stream(temporary))
+                        writer = opened.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
+                    writer.write_table(table)
+            self.fs.move(temporary, path)
+        return f"{self.url}/{name}"
+
+    def _delete_quietly(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            self.fs.delete_file(path)
 
     def logs(self) -> str:
         """Local folder for the chatter of Ray, vLLM and the trainers."""

@@ -203,9 +203,13 @@ def annotation_context(
         placement: of a local teacher's workers.
     """
     references = campaign.stage("references")
+    revealed: dict[str, list[str]] = {}
 
     def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
-        return by_id(references.table(["question_id", "answers"], among(ids)), "answers")
+        # Of all that is asked at once: one pass over the pool's references, and not one a batch.
+        if not revealed:
+            revealed.update(by_id(references.table(["question_id", "answers"], among(text_of)), "answers"))
+        return {name: revealed[name] for name in ids if name in revealed}
 
     def make_tasks(ids: Sequence[str]) -> list[Task]:
         return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})

@@ -17,7 +17,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
-from engine.stages.tables import kept_questions, layers_of, load_stage_probe, make_table, shard_states, states_of
+from engine.stages.tables import each_states, kept_questions, load_stage_probe, make_table, states_of
 from ka2l.decoding import (
     GATES,
     NearestStates,
@@ -169,9 +169,8 @@ def _gate_drafts(
     states = stored_states(table)[:, 0]
     mine = states[[have[drafts.questions[row]] for row in rows]]
     near = NearestStates(mine, centre)
-    column = layers_of(extracted).index(layer)
-    for name in extracted.shard_names():
-        near.add(shard_states(read_shard(extracted.url, name), extracted)[:, column])
+    for others in each_states(extracted, layer):
+        near.add(others)
     near.add(states[[have[text] for text in before if text in have]])
     probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
     p_unknown = probe.predict(mine)
@@ -218,9 +217,9 @@ def _moments(extracted: Stage, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of the pool's states, both of shape (D,)."""
     from sklearn.preprocessing import StandardScaler
 
-    column, scaler = layers_of(extracted).index(layer), StandardScaler()
-    for name in extracted.shard_names():
-        scaler.partial_fit(shard_states(read_shard(extracted.url, name), extracted)[:, column].astype(np.float64))
+    scaler = StandardScaler()
+    for states in each_states(extracted, layer):
+        scaler.partial_fit(states.astype(np.float64))
     return np.asarray(scaler.mean_), np.sqrt(np.asarray(scaler.var_))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -45,14 +45,15 @@ def corpus(campaign: Campaign) -> None:
     questions = campaign.stage("questions")
 
     def work(stage: Stage) -> Outcome:
-        taken = {key for _, keys in pool_keys(questions) for key in keys}
+        in_pool = np.sort(np.concatenate([_as_numbers(keys) for _, keys in pool_keys(questions)]))
+        taken: set[str] = set()
         rows: list[dict[str, str]] = []
         num_skipped = 0
         for question in _corpus_questions(path) if path else ():
             key = question_key(question)
             if len(rows) == config.num_corpus:
                 break
-            if not question.strip() or key in taken:
+            if not question.strip() or key in taken or _holds(in_pool, key):
                 num_skipped += 1
                 continue
             taken.add(key)
@@ -76,6 +77,17 @@ def _corpus_questions(path: str) -> Iterator[str]:
         for _, row in read_piece(piece):
             if isinstance(row, Mapping) and isinstance(row.get("question"), str):
                 yield row["question"]
+
+
+def _as_numbers(keys: Sequence[str]) -> np.ndarray:
+    """Keys as the 64-bit hashes that they are: all that is held of a pool's questions, 8 bytes each."""
+    return np.array([int(key, 16) for key in keys], dtype=np.uint64)
+
+
+def _holds(ordered: np.ndarray, key: str) -> bool:
+    number = np.uint64(int(key, 16))
+    place = int(np.searchsorted(ordered, number))
+    return place < len(ordered) and bool(ordered[place] == number)
 
 
 def pool_keys(questions: Stage) -> Iterator[tuple[list[str], list[str]]]:

@@ -91,9 +91,10 @@ def cluster(campaign: Campaign, round_index: int) -> None:
 
 def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
     names = sorted(stage.finished_shards())
-    table = pa.concat_tables([read_shard(stage.url, name) for name in names])
-    graded = table.filter(pc.equal(table["purpose"], "eval"))
-    probed = table.filter(pc.equal(table["purpose"], "probe"))
+    graded, probed = (
+        pa.concat_tables([read_shard(stage.url, name, columns, pc.field("purpose") == purpose) for name in names])
+        for purpose, columns in (("eval", None), ("probe", ["semantic_entropy"]))
+    )
     metrics: dict[str, Any] = {"num_eval": graded.num_rows, "num_probed": probed.num_rows}
     if probed.num_rows:
         metrics["mean_semantic_entropy"] = pc.mean(probed["semantic_entropy"]).as_py()
