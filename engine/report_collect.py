@@ -19,7 +19,7 @@ from pyarrow import fs as pafs
 
 from engine.artifacts import RunDirectory
 from engine.jobs import FAILED
-from engine.ledger import committed_stages
+from engine.ledger import ROUND_STAGES
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
@@ -269,7 +269,7 @@ def _selected_examples(
 
 def _read_quarantine(reader: Reader, data: ReportData) -> None:
     reasons: Counter[str] = Counter()
-    examples: list[tuple[str, str, int, str]] = []
+    examples: list[tuple[str, str, int | None, str]] = []
     path = f"{reader.run.path}/quarantine.parquet"
     try:
         if reader.run.fs.get_file_info(path).type == pafs.FileType.NotFound:
@@ -292,10 +292,11 @@ def _read_quarantine(reader: Reader, data: ReportData) -> None:
 
 def _read_failures(reader: Reader, data: ReportData) -> None:
     """Questions that broke a stage's work on them, beside the rows that never became questions."""
-    for stage in committed_stages(reader.run):
+    for name, index in ((name, item.round) for item in data.rounds for name in ROUND_STAGES):
+        manifest, stage = reader.manifest(name, index), reader.stage(name, index)
+        if manifest is None or not manifest.cost.get(FAILED):
+            continue
         try:
-            if not stage.require().cost.get(FAILED):
-                continue
             failures = stage.failures()
         except UNREADABLE as error:
             reader.note(stage.label, error)
