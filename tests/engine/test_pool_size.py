@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from actors import decoder
+from actors.placement import Placement
 from engine import artifacts, stages, warm_up
 from engine.artifacts import RunDirectory, Stage, shard_name, write_shard
 from engine.campaign import Campaign
@@ -203,7 +204,7 @@ def test_references_of_all_batches_are_looked_up_in_one_pass(begin: Begin, monke
     passes: list[str] = []
     table = Stage.table
     monkeypatch.setattr(Stage, "table", lambda stage, *others: passes.append(stage.name) or table(stage, *others))
-    reveal = annotation_context(campaign, 0, dict.fromkeys(IDS[:40], "?")).reveal
+    reveal = annotation_context(campaign, 0, dict.fromkeys(IDS[:40], "?"), Placement(0)).reveal
     for start in range(0, 40, 4):
         assert reveal(IDS[start : start + 4]) == {name: ["yes"] for name in IDS[start : start + 4]}
     assert passes == ["references"]
