@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,20 @@ the sampled k-centre) and the report run on so many synthetic questions, each si
 asked: a host derives hidden states (2 layers of 16 values) from the questions' ids, so that all that is measured is
 what the engine itself takes. Memory is sampled every second:
 
-  driver RSS        of the driver alone, with pages of Ray's object store that it has looked at
+  driver RSS        of the driver alone, with pages of Ray's object store that it has looked at; the highest value
+                    since its start, as the kernel keeps it, is `driver_max_rss_mib`
   driver's own      the same without those shared pages
   whole tree        proportional set sizes of the driver and all its descendants, Ray's processes and workers, added up:
                     pages that several share, such as the object store in /dev/shm, count once
 
-"Beyond" are rows a second of the rows beyond the smallest pool, without what takes the same for every pool: starting
-processes, importing libraries, training the probe on its 2,000 seed questions.
+"Further rows" is the rate at which the rows are done that a size has more than the one before. Without what takes the
+same for every pool (starting processes, importing libraries, training the probe on its 2,000 seed questions) it says
+whether seconds grow in proportion to the pool. Of sizes up to 10^5, where that is nearly all, the median of --repeats
+runs is taken, after a run that only warms the file cache.
 
-With --kill SIZE the stages of that size are made once more: the driver is killed (SIGKILL) when half of the shards of
-`extract` are written and resumed, killed again in the middle of `knowledge` and resumed again. Shards that were begun
-twice are counted, and what is selected must be the same as without a kill.
+With --kill SIZE the stages of that size are made once more: the driver and all its descendants are killed (SIGKILL)
+when half of the shards of `extract` are written, and resumed, killed again in the middle of `knowledge` and resumed
+again. Shards that were begun twice are counted, and what is selected must be the same as without a kill.
 
     python benchmarks/bench_pool_scale.py                       # 10^4 to 10^7, and kills at 10^6 and 10^7
     python benchmarks/bench_pool_scale.py --sizes 20000 --shard-rows 1000 --kill 20000 --out /tmp/pool_scale.json
@@ -108,14 +113,15 @@ def run_process(spec: Mapping[str, Any], folder: Path, until: Callable[[], bool]
             time.sleep(0.02 if until else 0.2)
             if until is not None and until():
                 family = psutil.Process(process.pid).children(recursive=True)
-                process.send_signal(signal.SIGKILL)
+                for member in [process, *family]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.send_signal(signal.SIGKILL)
                 process.wait()
                 break
         watch.done.set()
         watch.join()
     if family is not None:
-        # Ray ends by itself when its driver has died; its agents, which hold nothing, take a minute.
-        while any(is_alive(member) and "Agent" not in member.name() for member in family):
+        while any(is_alive(member) for member in family):
             time.sleep(0.1)
     elif process.returncode or until is not None:
         sys.exit(f"a process ended with {process.returncode}:\n{(folder / 'log.txt').read_text()[-3000:]}")
@@ -173,9 +179,11 @@ def run_killed(spec: dict[str, Any], folder: Path, expected: Mapping[str, str]) 
         kept[stage] = num_shards(round_dir / stage)
     run_process(spec, folder)
     result = json.loads(Path(spec["result"]).read_text())
-    twice = {stage: len(names) - len(set(names)) for stage, names in begun(log).items()}
+    names = begun(log)
+    twice = {stage: len(names[stage]) - len(set(names[stage])) for stage in names}
     return {
         "num_shards": total,
+        "shards_begun": {stage: len(names[stage]) for stage in names},
         "shards_kept": kept,
         "shards_redone": twice,
         "same_results": result["digests"] == expected,
@@ -213,14 +221,15 @@ def measure(num: int, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def growth(sizes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Rows a second of the rows beyond the smallest pool, by size, by stage and of all together."""
-    first, found = sizes[0], {}
-    for size in sizes[1:]:
-        rows = size["num_questions"] - first["num_questions"]
-        seconds = {name: size["stages"][name]["seconds"] - first["stages"][name]["seconds"] for name in STAGES}
+def growth(sizes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows a second of the rows that each size has more than the one before, by stage and of all together."""
+    found = []
+    for before, size in pairwise(sizes):
+        rows = size["num_questions"] - before["num_questions"]
+        seconds = {name: size["stages"][name]["seconds"] - before["stages"][name]["seconds"] for name in STAGES}
         seconds["all"] = sum(seconds.values())
-        found[str(size["num_questions"])] = {name: rows / taken for name, taken in seconds.items() if taken > 0}
+        rates = {name: rows / taken if taken > 0 else None for name, taken in seconds.items()}
+        found.append({"from": before["num_questions"], "to": size["num_questions"], "rows_per_s": rates})
     return found
 
 
@@ -232,10 +241,9 @@ def print_table(sizes: Sequence[Mapping[str, Any]]) -> None:
     for name in STAGES:
         table.add_row(name, *(f"{size['stages'][name]['rows_per_s']:,.0f}" for size in sizes))
     table.add_row("all", *(f"{size['rows_per_s']:,.0f}" for size in sizes))
-    beyond = growth(sizes)
     for name in (*STAGES, "all"):
-        rates = [beyond[str(size["num_questions"])].get(name) for size in sizes[1:]]
-        table.add_row(f"{name}, beyond", "", *(f"{rate:,.0f}" if rate else "" for rate in rates))
+        rates = [step["rows_per_s"][name] for step in growth(sizes)]
+        table.add_row(f"{name}, further rows", "", *(f"{rate:,.0f}" if rate else "" for rate in rates))
     table.add_row("seconds", *(f"{size['seconds']:,.1f}" for size in sizes))
     for key in ("driver_rss_mib", "driver_own_mib", "tree_mib"):
         table.add_row(f"peak {key}", *(f"{size['peak'][key]:,.0f}" for size in sizes))
@@ -251,17 +259,20 @@ def main() -> None:
     parser.add_argument("--kill", type=int, nargs="*", default=[10**6, 10**7], help="sizes that are killed, too")
     parser.add_argument("--shard-rows", type=int, default=50_000, help="questions a shard (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="workers of extract (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of sizes up to 10^5 (default: %(default)s)")
     parser.add_argument("--scratch", default=None, help="folder for pools and runs; some GB for 10^7")
     parser.add_argument("--profile", default=None, help="stage to profile (cProfile) in the driver")
     parser.add_argument("--profile-out", default="pool_scale.prof", help="where the profile goes")
     parser.add_argument("--out", default=None, help="result file")
     options = parser.parse_args()
     sizes = []
+    measure(options.sizes[0], options)
     for num in options.sizes:
         print(f"{num:,} questions ...", file=sys.stderr, flush=True)
-        sizes.append(measure(num, options))
+        runs = [measure(num, options) for _ in range(options.repeats if num <= 10**5 else 1)]
+        sizes.append(sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2])
         settings = {key: getattr(options, key) for key in ("shard_rows", "workers")}
-        found = {"settings": settings, "rows_per_s_beyond_the_smallest": growth(sizes), "sizes": sizes}
+        found = {"settings": settings, "growth": growth(sizes), "sizes": sizes}
         write_result("pool_scale", found, options.out)
     print_table(sizes)
 

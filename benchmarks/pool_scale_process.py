@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,12 @@ def run(spec: Mapping[str, Any]) -> dict[str, Any]:
         write_ledger(campaign.run)
         write_report(campaign.run, "running")
     metrics = campaign.stage("probe", 0).require().metrics
-    return {"digests": results, "counts": campaign.stage("questions").require().metrics, "auroc": metrics["auroc"]}
+    return {
+        "digests": results,
+        "counts": campaign.stage("questions").require().metrics,
+        "auroc": metrics["auroc"],
+        "driver_max_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
 
 
 def main() -> None:
