@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actors.host import Host, Stats, set_num_threads
+from actors.metrics import Tags
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
 from ka2l.records import stored_layers, stored_states
@@ -56,6 +57,7 @@ def run_decoder_training(
     trust_remote_code: bool,
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train a decoder under Ray Train; blocks until it is written to ``output_dir``.
 
@@ -65,6 +67,7 @@ def run_decoder_training(
         previous: folder of the decoder to go on from.
         scratch_dir: folder for Ray Train's own files; the caller removes it.
         on_progress: called in a thread of this process with what `train_decoder` reports.
+        tags: of the worker's metrics.
 
     Returns:
         What `train_decoder` returns, the `fidelity` to held-out questions, and the ``noise`` of noised states.
@@ -86,7 +89,7 @@ def run_decoder_training(
         "trust_remote_code": trust_remote_code,
     }
     workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker)
-    return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress)
+    return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress, tags)
 
 
 def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -13,13 +13,15 @@ from typing import Any
 import ray
 
 from actors.host import redirect_output
+from actors.metrics import Tags, show_gpu_memory
 from actors.shards import original_error, wait_until_free
 
 
 class _Worker:
-    def __init__(self, make_host: Callable[[], Any], log_path: str | None) -> None:
+    def __init__(self, make_host: Callable[[], Any], log_path: str | None, tags: Tags | None) -> None:
         redirect_output(log_path)
         self.make_host = make_host
+        self.tags = tags
         self.host: Any = None
 
     def started(self) -> None:
@@ -29,7 +31,9 @@ class _Worker:
         # Opened here and not in the constructor, so that what goes wrong reaches the driver as it was raised.
         if self.host is None:
             self.host = self.make_host()
-        return getattr(self.host, method)(item)
+        result = getattr(self.host, method)(item)
+        show_gpu_memory(self.tags)
+        return result
 
 
 class HostPool:
@@ -41,6 +45,7 @@ class HostPool:
         gpus: GPUs of one worker.
         log_path: where the workers' chatter goes.
         timeout_s: how long to wait for the first worker's cores and GPUs.
+        tags: of the workers' metrics.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class HostPool:
         gpus: float,
         log_path: str | None,
         timeout_s: float,
+        tags: Tags | None = None,
     ) -> None:
         self.make_host = make_host
         self.replicas = replicas
@@ -59,6 +65,7 @@ class HostPool:
         self.gpus = gpus
         self.log_path = log_path
         self.timeout_s = timeout_s
+        self.tags = tags
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
 
@@ -98,7 +105,9 @@ class HostPool:
             return
         wait_until_free(self.cpus, self.gpus, self.timeout_s)
         options = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=1, max_task_retries=1)
-        workers: list[Any] = [options(_Worker).remote(self.make_host, self.log_path) for _ in range(self.replicas)]
+        workers: list[Any] = [
+            options(_Worker).remote(self.make_host, self.log_path, self.tags) for _ in range(self.replicas)
+        ]
         self._starting = {worker.started.remote(): worker for worker in workers}
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 import ray
 
 from actors.host import redirect_output, set_num_threads
+from actors.metrics import Tags, show_gpu_memory
 from actors.shards import original_error
 from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
@@ -56,6 +57,7 @@ def run_training(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     *,
     chat: bool,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train an adapter on ``config.workers`` Ray Train workers; blocks until it is written to ``output_dir``.
 
@@ -65,6 +67,7 @@ def run_training(
         log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
         on_progress: called in a thread of this process with what `tune` reports.
         chat: as for `tune`.
+        tags: of the worker's metrics.
 
     Returns:
         The metrics of `ka2l.tuning.TuneResult`.
@@ -85,7 +88,7 @@ def run_training(
         "chat": chat,
     }
     workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker)
-    return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress)
+    return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress, tags)
 
 
 def _tune(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -117,6 +120,7 @@ def run_loop(
     scratch_dir: str,
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Run ``loop`` on Ray Train workers, with progress, logs, and errors as they were raised.
 
@@ -125,6 +129,7 @@ def run_loop(
         scratch_dir: folder for Ray Train's own files and the progress file; the caller removes it.
         log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
         on_progress: called in a thread of this process with what the loop reports.
+        tags: of the worker's metrics.
 
     Raises:
         KA2LError: as a worker raised it.
@@ -156,6 +161,7 @@ def run_loop(
             "cpus": workers.cpus,
             "log_path": str(log),
             "progress_path": str(progress_path),
+            "tags": tags,
         },
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.gpus > 0, resources_per_worker=resources
@@ -260,6 +266,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     def report(progress: dict[str, Any]) -> None:
         with open(loop_config["progress_path"], "a", encoding="utf-8") as file:
             file.write(json.dumps(progress) + "\n")
+        show_gpu_memory(loop_config["tags"])
 
     loop: Loop = loop_config["loop"]
     try:

@@ -19,6 +19,7 @@ from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
+    from actors.metrics import Tags
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
     from actors.teacher import TeacherHost
@@ -201,6 +202,7 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
         gpus=engine.gpus_per_replica,
         log_path=context.log_path,
         timeout_s=context.release_timeout_s,
+        tags=context.tags,
     )
     named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
     journal = open_journal(context.run, "teacher")
@@ -260,6 +262,8 @@ class AnnotationContext(NamedTuple):
     """Where the annotator's workers write their chatter."""
     release_timeout_s: float
     """How long they wait for cores and GPUs."""
+    tags: Tags | None = None
+    """Of their metrics."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:

@@ -14,12 +14,14 @@ import pyarrow.compute as pc
 
 from actors.host import Host, Stats
 from actors.leases import Capacity, Leases
+from actors.metrics import SHARDS_MISSING, Tags, count_cost, count_shard, show, show_gpu_memory
 from actors.shards import map_shards, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
 from engine.config import RunConfig
 from engine.events import Events
 from engine.hours import Hours
 from engine.meter import Meter
+from engine.trackers import Trackers
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
@@ -43,6 +45,8 @@ class Campaign:
     """Where workers are to be asked for, when other runs share the cluster."""
     slice_s: float = float("inf")
     """Seconds after which a stage lets others have its workers."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Told of every round and training step."""
     meter: Meter = field(default_factory=Meter, init=False)
     """Counts what the stage at work takes."""
     hours: Hours = field(init=False)
@@ -78,6 +82,18 @@ class Campaign:
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
         return self.run.stage(name, round_index)
+
+    def tags(self, stage: Stage) -> Tags:
+        """What the stage's metrics are tagged with."""
+        folder, cell = Path(self.run.path), ""
+        if self.leases is not None:  # RUN_DIR/cells/CELL
+            folder, cell = folder.parent.parent, self.leases.cell
+        return Tags(folder.name, cell, "" if stage.round_index is None else str(stage.round_index), stage.name)
+
+    def note_shard(self, stage: Stage, name: str, num_rows: int, stats: Mapping[str, float]) -> None:
+        """Say that a shard has been written, and what it took."""
+        self.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=name)
+        count_shard(self.tags(stage), num_rows, stats)
 
     def log_path(self, stage: Stage) -> str:
         """Where the chatter of a stage's workers goes."""
@@ -175,6 +191,7 @@ class HostJob:
     inputs: dict[str, ShardInput]
     folder_url: str
     host: Host | None = None
+    tags: Tags | None = None
 
     def open(self) -> None:
         """Load the host's model."""
@@ -191,6 +208,7 @@ class HostJob:
                 ids = questions.filter(pc.equal(questions["split"], "eval"))["question_id"]
                 tables[key] = tables[key].filter(pc.is_in(tables[key]["question_id"], ids.combine_chunks()))
         table, stats = self.host.process(tables)
+        show_gpu_memory(self.tags)
         stats = {"seconds": time.perf_counter() - started} | stats
         write_shard(self.folder_url, name, table, stats)
         return tables["questions"].num_rows, stats
@@ -227,6 +245,7 @@ def commit_stage(
     try:
         with campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent):
             metrics, cost = work(stage)
+        count_cost(campaign.tags(stage), cost)
         spent = campaign.meter.spent()
         seconds = spent.pop("seconds")
         manifest = stage.commit(
@@ -279,9 +298,11 @@ def run_host(
     with campaign.events.progress(stage.label, sum(rows.values()), "questions") as progress:
         if finished:
             progress.advance(sum(rows[name] for name in finished), f"{len(finished)} shards were there")
-        job = HostJob(make_host, inputs, stage.url)
+        tags = campaign.tags(stage)
+        job = HostJob(make_host, inputs, stage.url, tags=tags)
         log = campaign.log_path(stage)
         while missing:
+            show(SHARDS_MISSING, tags, len(missing))
             with (
                 campaign.hold(min(replicas, len(missing)), cpus, gpus, least=1) as workers,
                 contextlib.closing(
@@ -290,9 +311,10 @@ def run_host(
             ):
                 ends = time.monotonic() + campaign.slice_s
                 for done in shards:
-                    campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
+                    campaign.note_shard(stage, done.name, done.num_rows, done.stats)
                     progress.advance(done.num_rows)
                     missing.remove(done.name)
+                    show(SHARDS_MISSING, tags, len(missing))
                     # What is under way in other workers is lost: a shard each.
                     if time.monotonic() > ends and campaign.leases is not None and campaign.leases.others_wait():
                         break

@@ -146,6 +146,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
                 trust_remote_code=campaign.model.trust_remote_code,
                 log_path=campaign.log_path(stage),
                 on_progress=on_progress,
+                tags=campaign.tags(stage),
             )
             for file in sorted((scratch / "decoder").iterdir()):
                 if file.is_file():

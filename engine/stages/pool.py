@@ -38,7 +38,7 @@ def pool(campaign: Campaign) -> None:
             for index, (rows, references) in enumerate(tables.shards):
                 write_shard(questions.url, shard_name(index), rows, {})
                 write_shard(stage.url, shard_name(index), references, {})
-                campaign.events.emit("shard_written", stage=stage.name, round=None, shard=shard_name(index))
+                campaign.note_shard(stage, shard_name(index), rows.num_rows, {})
                 progress.advance(rows.num_rows)
             if tables.counts["quarantined"]:
                 progress.note = f"{tables.counts['quarantined']} quarantined, see quarantine.parquet"
