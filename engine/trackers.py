@@ -227,7 +227,8 @@ def _start(
 def _tensorboard(run: RunDirectory, folder: Path, run_id: str | None) -> GeneralTracker:
     from accelerate.tracking import TensorBoardTracker
 
-    return TensorBoardTracker(folder.name, logging_dir=str(folder.parent))
+    # Names of event files hold the second they were opened in: two of one second would be one.
+    return TensorBoardTracker(folder.name, str(folder.parent), filename_suffix=f".{uuid.uuid4().hex[:8]}")
 
 
 def _wandb(run: RunDirectory, folder: Path, run_id: str | None) -> GeneralTracker:
