@@ -48,7 +48,7 @@ METRICS = {
     WORKER_RESTARTS: "Workers that died or hung and were replaced.",
 }
 #: What stats and costs call what these counters count.
-_COUNTED_ITEMS = {
+COUNTED_ITEMS = {
     "tokens_prompt": TOKENS_PROMPT,
     "tokens_generated": TOKENS_GENERATED,
     "tokens_trained": TOKENS_TRAINED,
@@ -93,7 +93,7 @@ def count_shard(tags: Tags, num_rows: int, stats: Mapping[str, float]) -> None:
 
 def count_cost(tags: Tags, cost: Mapping[str, float]) -> None:
     """Tokens and forward passes; other items are not counted here."""
-    for item, name in _COUNTED_ITEMS.items():
+    for item, name in COUNTED_ITEMS.items():
         count(name, tags, cost.get(item, 0.0))
 
 
