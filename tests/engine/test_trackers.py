@@ -437,3 +437,7 @@ def test_a_real_tracker_goes_on_with_its_run(name: str, opened: Opened, monkeypa
         made.finish()
     assert opened.failures() == []
     assert json.loads(opened.run.read_text("trackers.json") or "")[name]["rounds"].keys() == {"0", "1"}
+    if name == "mlflow":
+        (run,) = pytest.importorskip("mlflow").search_runs(search_all_experiments=True, output_format="list")
+        assert run.data.metrics["round/accuracy"] == 0.5
+        assert run.data.params["selection.budget"] == str(RunConfig().selection.budget)
