@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import urllib.request
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors import metrics
+from actors import leases, metrics
+from actors.leases import Capacity, LeaseHost, Request
 from actors.metrics import METRICS, Tags
 
 TAGS = Tags("mine", "a-cell", "1", "observe")
@@ -57,6 +59,26 @@ def test_failures_are_counted_by_stage(recorded: list[Any]) -> None:
     metrics.count_failed_rows(TAGS, 3)
     metrics.count_worker_restarts(TAGS)
     assert recorded == [(metrics.FAILED_ROWS, TAGS, 3.0), (metrics.WORKER_RESTARTS, TAGS, 1.0)]
+
+
+def test_the_queue_of_a_benchmark_says_how_many_hold_and_wait(
+    recorded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "alive_nodes", lambda: {"node": Capacity(1, 0)})
+
+    async def two_stages_want_one_worker() -> None:
+        host = LeaseHost(60.0, "nine")
+        await host.acquire(Request("first/1", Capacity(1, 0), 1, 1))
+        second = asyncio.create_task(host.acquire(Request("second/1", Capacity(1, 0), 1, 1)))
+        await asyncio.sleep(0)
+        await host.give_back("first/")
+        await second
+
+    asyncio.run(two_stages_want_one_worker())
+    said = [(name, value) for name, tags, value in recorded if tags == Tags("nine")]
+    held = [int(value) for name, value in said if name == metrics.LEASES_HELD]
+    waiting = [int(value) for name, value in said if name == metrics.LEASES_WAITING]
+    assert list(zip(held, waiting, strict=True)) == [(1, 0), (1, 1), (1, 0)]
 
 
 def test_gpu_memory_is_that_of_all_gpus_of_the_worker(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
