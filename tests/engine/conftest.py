@@ -151,8 +151,7 @@ class Finished(NamedTuple):
 def finished(campaign_files: CampaignFiles, ka2l: Command, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """One uninterrupted campaign. Tests must not change it; copy it first."""
     folder = tmp_path_factory.mktemp("finished")
-    told = ["--set", "trackers=[tensorboard]"]
-    ended = ka2l("run", campaign_files.config, "--run-dir", folder / "run", *told, log=folder / "asked")
+    ended = ka2l("run", campaign_files.config, "--run-dir", folder / "run", log=folder / "asked")
     assert ended.returncode == 0, ended.stderr
     return Finished(folder / "run", campaign_files, ended, (folder / "asked").read_text().split())
 

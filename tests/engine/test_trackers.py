@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import struct
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,14 @@ import pytest
 import yaml
 from accelerate.tracking import GeneralTracker
 from rich.console import Console
+from tensorboard_files import scalars
 
 from engine import loop, trackers
 from engine.artifacts import RunDirectory, Stage
 from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events, read_events
-from engine.trackers import PACKAGES, Trackers, check_trackers, open_trackers, round_figures
+from engine.trackers import PACKAGES, Trackers, check_trackers, open_trackers
 from ka2l.errors import ConfigError
 from ka2l.models import ModelConfig
 
@@ -361,19 +360,6 @@ def test_without_trackers_there_is_no_file_and_nothing_to_do(opened: Opened) -> 
 # -- the real ones -----------------------------------------------------------------------------------------------------
 
 
-def scalars(folder: Path) -> Iterator[tuple[str, int, float]]:
-    """(name, step, value) of each scalar in TensorBoard's files: records of length, checksum, event, checksum."""
-    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2")
-    for file in sorted(folder.glob("events.out.tfevents.*")):
-        content, offset = file.read_bytes(), 0
-        while offset < len(content):
-            (length,) = struct.unpack_from("<Q", content, offset)
-            event = event_pb2.Event.FromString(content[offset + 12 : offset + 12 + length])
-            for value in event.summary.value:
-                yield value.tag, event.step, value.simple_value
-            offset += length + 16
-
-
 def test_tensorboard_holds_each_round_and_step_of_a_run_once(opened: Opened) -> None:
     made = opened("tensorboard")
     made.log_step(tuning(opened.run, 0), step(2, loss=0.25))
@@ -408,19 +394,6 @@ def test_a_run_behind_a_url_has_tensorboards_folder_on_this_machine(
     assert ("round/accuracy", 0, 0.5) in list(scalars(folder))
     assert f"tensorboard --logdir {folder}" in console.export_text()
     assert json.loads(run.read_text("trackers.json") or "")["tensorboard"]["rounds"].keys() == {"0"}
-
-
-@pytest.mark.slow
-def test_a_campaign_tells_its_rounds_as_its_summary_has_them_and_every_training_step(finished: Any) -> None:
-    found = list(scalars(finished.run_dir / "tensorboard"))
-    rounds = json.loads((finished.run_dir / "summary.json").read_text())["rounds"]
-    for row in rounds:
-        for key, value in round_figures(row).items():
-            assert (f"round/{key}", row["round"], pytest.approx(value, rel=1e-6)) in found
-    steps = [event for event in read_events(RunDirectory(finished.run_dir)) if event["event"] == "training_step"]
-    losses = [(where, value) for name, where, value in found if name == "training/loss"]
-    assert [value for _, value in losses] == pytest.approx([event["loss"] for event in steps])
-    assert [where for where, _ in losses] == sorted({where for where, _ in losses}), "steps of later rounds come after"
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

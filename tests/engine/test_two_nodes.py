@@ -18,16 +18,25 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from tensorboard_files import scalars
 
 from actors import metrics
 from engine.artifacts import RunDirectory
+from engine.events import read_events
 from engine.ledger import committed_stages
+from engine.trackers import round_figures
 
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 #: Each node has one core, and each stage wants two workers of one core. The first round is enough.
-SPREAD = ["sampler.replicas=2", "extraction.replicas=2", "ray.address=auto", "budget.annotations=12"]
+SPREAD = [
+    "sampler.replicas=2",
+    "extraction.replicas=2",
+    "ray.address=auto",
+    "budget.annotations=12",
+    "trackers=[tensorboard]",
+]
 
 
 class Cluster(NamedTuple):
@@ -168,6 +177,19 @@ def test_rays_metrics_have_counted_the_rows_and_tokens_that_are_committed(submit
             assert counted[f"ray_{metric}", str(index), name] == manifest.cost.get(item, 0.0)
         assert counted[f"ray_{metrics.SHARDS_MISSING}", str(index), name] == 0
     assert counted[f"ray_{metrics.ROWS}", "", "references"] == 108
+
+
+def test_its_tracker_was_told_each_round_as_the_summary_has_it_and_every_training_step(submitted: Path) -> None:
+    found = list(scalars(submitted / "tensorboard"))
+    rounds = json.loads((submitted / "summary.json").read_text())["rounds"]
+    assert len(rounds) == 2
+    for row in rounds:
+        for key, value in round_figures(row).items():
+            told = [told for name, index, told in found if (name, index) == (f"round/{key}", row["round"])]
+            assert told == [pytest.approx(value, rel=1e-6)]
+    steps = [event for event in read_events(RunDirectory(submitted)) if event["event"] == "training_step"]
+    losses = [(index, told) for name, index, told in found if name == "training/loss"]
+    assert losses == [(event["step"], pytest.approx(event["loss"])) for event in steps]
 
 
 def test_without_the_token_the_cluster_is_closed(cluster: Cluster, finished: Any, tmp_path: Path) -> None:
