@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from actors.faults import FaultsConfig
 from actors.host import Host, Stats, set_num_threads
+from actors.metrics import Tags
 from actors.placement import Placement
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
@@ -84,6 +85,7 @@ def run_decoder_training(
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
     faults: FaultsConfig,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train a decoder under Ray Train; blocks until it is written to ``output_dir``.
 
@@ -93,6 +95,7 @@ def run_decoder_training(
         previous: folder of the decoder to go on from.
         scratch_dir: folder for Ray Train's own files; the caller removes it.
         on_progress: called in a thread of this process with what `train_decoder` reports.
+        tags: of the worker's metrics.
 
     Returns:
         What `train_decoder` returns, the `fidelity` to held-out questions, and the ``noise`` of noised states.
@@ -113,7 +116,7 @@ def run_decoder_training(
         "previous": previous,
         "trust_remote_code": trust_remote_code,
     }
-    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults)
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
     return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress)
 
 

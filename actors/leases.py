@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import ray
 
+from actors.metrics import LEASES_HELD, LEASES_WAITING, Tags, show
+
 NAMESPACE = "ka2l"
 _TINY = 1e-6
 #: Seconds between two looks at the cluster's nodes.
@@ -197,8 +199,9 @@ class LeaseQueue:
 class LeaseHost:
     """The queue as an actor that all runs of a benchmark share."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, run: str = "") -> None:
         self._queue = LeaseQueue(alive_nodes(), patience_s)
+        self._tags = Tags(run)
         self._answers: dict[str, asyncio.Future[int]] = {}
         self._watching: asyncio.Task[None] | None = None
 
@@ -234,6 +237,8 @@ class LeaseHost:
             answer = self._answers.pop(grant.key)
             if not answer.cancelled():
                 answer.set_result(len(grant.nodes))
+        show(LEASES_WAITING, self._tags, len(self._queue.waiting))
+        show(LEASES_HELD, self._tags, len(self._queue.held))
 
     async def _watch(self) -> None:
         # Nodes come and go; and patience ends with time alone.
@@ -254,7 +259,7 @@ class Leases:
 
     def __init__(self, name: str, cell: str, priority: float) -> None:
         self._host = ray.get_actor(name, namespace=NAMESPACE)
-        self._cell = cell
+        self.cell = cell
         self._priority = priority
         self._count = 0
 
@@ -266,7 +271,7 @@ class Leases:
             left: as in `Request`.
         """
         self._count += 1
-        key = f"{self._cell}/{os.getpid()}-{self._count}"
+        key = f"{self.cell}/{os.getpid()}-{self._count}"
         granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority, left))
         try:
             yield ray.get(granted)
@@ -278,10 +283,10 @@ class Leases:
         return bool(ray.get(self._host.waiting.remote()))
 
 
-def start_host(name: str, patience_s: float) -> Any:
-    """Start the host; it ends with the process that started it."""
+def start_host(name: str, patience_s: float, run: str = "") -> Any:
+    """Start the host; it ends with the process that started it. ``run`` is the benchmark's name in metrics."""
     actor: Any = ray.remote(LeaseHost)
-    host = actor.options(num_cpus=0, max_concurrency=1000, name=name, namespace=NAMESPACE).remote(patience_s)
+    host = actor.options(num_cpus=0, max_concurrency=1000, name=name, namespace=NAMESPACE).remote(patience_s, run)
     ray.get(host.watch.remote())
     return host
 

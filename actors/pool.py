@@ -14,15 +14,19 @@ import ray
 
 from actors.faults import FaultsConfig, deadline
 from actors.host import redirect_output
+from actors.metrics import Tags, show_gpu_memory
 from actors.placement import Placement
 from actors.shards import original_error
 
 
 class _Worker:
-    def __init__(self, make_host: Callable[[], Any], log_path: str | None, deadline_s: float) -> None:
+    def __init__(
+        self, make_host: Callable[[], Any], log_path: str | None, deadline_s: float, tags: Tags | None
+    ) -> None:
         redirect_output(log_path)
         self.make_host = make_host
         self.deadline_s = deadline_s
+        self.tags = tags
         self.host: Any = None
 
     def started(self) -> None:
@@ -33,7 +37,9 @@ class _Worker:
         with deadline(self.deadline_s):
             if self.host is None:
                 self.host = self.make_host()
-            return getattr(self.host, method)(item)
+            result = getattr(self.host, method)(item)
+        show_gpu_memory(self.tags)
+        return result
 
 
 class HostPool:
@@ -46,6 +52,7 @@ class HostPool:
         log_path: where the workers' chatter goes.
         placement: where they go, and how many there are.
         faults: how long a worker may take over one call.
+        tags: of the workers' metrics.
     """
 
     def __init__(
@@ -57,6 +64,7 @@ class HostPool:
         gpus: float,
         log_path: str | None,
         faults: FaultsConfig,
+        tags: Tags | None = None,
     ) -> None:
         self.make_host = make_host
         self.placement = placement
@@ -64,6 +72,7 @@ class HostPool:
         self.gpus = gpus
         self.log_path = log_path
         self.faults = faults
+        self.tags = tags
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
 
@@ -105,7 +114,7 @@ class HostPool:
             num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=1, max_task_retries=1, **self.placement.options()
         )
         workers: list[Any] = [
-            options(_Worker).remote(self.make_host, self.log_path, self.faults.deadline_s)
+            options(_Worker).remote(self.make_host, self.log_path, self.faults.deadline_s, self.tags)
             for _ in range(self.placement.num_workers)
         ]
         self._starting = {worker.started.remote(): worker for worker in workers}

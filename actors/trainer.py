@@ -22,6 +22,7 @@ import ray
 
 from actors.faults import FaultsConfig, deadline
 from actors.host import redirect_output, set_num_threads
+from actors.metrics import Tags, show_gpu_memory
 from actors.placement import Placement
 from actors.shards import original_error
 from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
@@ -60,6 +61,7 @@ def run_training(
     *,
     chat: bool,
     faults: FaultsConfig = FaultsConfig(),  # noqa: B008 - frozen
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train an adapter on ``config.workers`` Ray Train workers; blocks until it is written to ``output_dir``.
 
@@ -70,6 +72,7 @@ def run_training(
         on_progress: called in a thread of this process with what `tune` reports.
         chat: as for `tune`.
         faults: when a worker is taken for dead, and how often training is begun again.
+        tags: of the worker's metrics.
 
     Returns:
         The metrics of `ka2l.tuning.TuneResult`.
@@ -89,7 +92,7 @@ def run_training(
         "trust_remote_code": trust_remote_code,
         "chat": chat,
     }
-    workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker, faults)
+    workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
     return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress)
 
 
@@ -112,6 +115,8 @@ class Workers(NamedTuple):
     faults: FaultsConfig = FaultsConfig()
     placement: Placement = Placement(1)
     """Of a task; Ray Train places its workers itself."""
+    tags: Tags | None = None
+    """Of their metrics."""
 
 
 #: Training in a worker: (arguments, report) -> metrics; rank 0's are handed back.
@@ -151,6 +156,7 @@ def run_loop(
         "log_path": str(log),
         "progress_path": str(progress_path),
         "deadline_s": workers.faults.deadline_s,
+        "tags": workers.tags,
     }
     with _Follower(progress_path, on_progress):
         for attempts_left in reversed(range(workers.faults.retries + 1)):
@@ -296,6 +302,7 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     def report(progress: dict[str, Any]) -> None:
         with open(loop_config["progress_path"], "a", encoding="utf-8") as file:
             file.write(json.dumps(progress) + "\n")
+        show_gpu_memory(loop_config["tags"])
         ended.close()
         ended.enter_context(deadline(loop_config["deadline_s"]))
 

@@ -20,6 +20,7 @@ from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
+    from actors.metrics import Tags
     from actors.placement import Placement
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
@@ -203,6 +204,7 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
         gpus=engine.gpus_per_replica,
         log_path=context.log_path,
         faults=context.faults,
+        tags=context.tags,
     )
     named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
     journal = open_journal(context.run, "teacher")
@@ -263,6 +265,8 @@ class AnnotationContext(NamedTuple):
     placement: Placement
     """Of the annotator's workers."""
     faults: FaultsConfig
+    tags: Tags | None = None
+    """Of their metrics."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:

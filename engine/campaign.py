@@ -11,6 +11,7 @@ from typing import Any
 
 from actors.host import Host
 from actors.leases import Capacity, Leases
+from actors.metrics import Tags, count_cost, count_shard
 from actors.placement import Placement, reserved, wait_until_free
 from engine.artifacts import RunDirectory, Stage, fingerprint
 from engine.config import RunConfig
@@ -19,6 +20,7 @@ from engine.hours import Hours
 from engine.jobs import ShardInput
 from engine.meter import Meter
 from engine.shard_run import ShardRun
+from engine.trackers import Trackers
 from engine.work import RunSize, work_left
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
@@ -44,6 +46,8 @@ class Campaign:
     """Where workers are to be asked for, when other runs share the cluster."""
     slice_s: float = float("inf")
     """Seconds after which a stage lets others have its workers."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Told of every round and training step."""
     meter: Meter = field(default_factory=Meter, init=False)
     """Counts what the stage at work takes."""
     hours: Hours = field(init=False)
@@ -106,6 +110,18 @@ class Campaign:
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
         return self.run.stage(name, round_index)
+
+    def tags(self, stage: Stage) -> Tags:
+        """What the stage's metrics are tagged with."""
+        folder, cell = Path(self.run.path), ""
+        if self.leases is not None:  # RUN_DIR/cells/CELL
+            folder, cell = folder.parent.parent, self.leases.cell
+        return Tags(folder.name, cell, "" if stage.round_index is None else str(stage.round_index), stage.name)
+
+    def note_shard(self, stage: Stage, name: str, num_rows: int, stats: Mapping[str, float]) -> None:
+        """Say that a shard has been written, and what it took."""
+        self.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=name)
+        count_shard(self.tags(stage), num_rows, stats)
 
     def log_path(self, stage: Stage) -> str:
         """Where the chatter of a stage's workers goes."""
@@ -218,6 +234,7 @@ def commit_stage(
     try:
         with campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent):
             metrics, cost = work(stage)
+        count_cost(campaign.tags(stage), cost)
         spent = campaign.meter.spent()
         seconds = spent.pop("seconds")
         manifest = stage.commit(

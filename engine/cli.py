@@ -421,11 +421,13 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     from engine.benchmark import LEASES_VARIABLE, leases_from
     from engine.campaign import Campaign
     from engine.events import Events
+    from engine.trackers import open_trackers
 
     model, pool_path = _resolve_testbed(config)
     events = Events(target, console)
+    trackers = open_trackers(config, target, events)
     events.emit("run_started", pid=os.getpid())
-    campaign = Campaign(config, target, events, model, pool_path)
+    campaign = Campaign(config, target, events, model, pool_path, trackers=trackers)
     try:
         with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             campaign.leases, campaign.slice_s = leases_from(os.environ.get(LEASES_VARIABLE))
@@ -443,6 +445,8 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
         if not isinstance(error, KA2LError) or error.exit_code == 1:
             _note_failure(campaign)
         raise
+    finally:
+        trackers.finish()
     events.emit("run_complete")
     _print_summary(target, Console())
     typer.echo(f"report: {target.url}/report.html")
@@ -461,10 +465,13 @@ def _note_failure(campaign: Campaign) -> None:
 
 def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     """What can be known to be wrong before anything is written or spent."""
+    from engine.trackers import check_trackers
     from ka2l.models import check_model_directory, is_directory
     from ka2l.pool_sources import find_pieces, is_dataset
 
     cluster_address(config.ray)
+    if config.trackers:
+        check_trackers(config.trackers)
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)

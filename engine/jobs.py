@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from actors.faults import FaultsConfig, deadline
 from actors.host import Host, Stats
+from actors.metrics import Tags, show_gpu_memory
 from engine.artifacts import read_shard, write_shard
 from engine.isolation import Attempts, OpenAttempts, isolate
 from ka2l.errors import StageFailedError
@@ -40,6 +41,8 @@ class HostJob:
     replicas: int = 1
     """Workers that may load the model at the same time."""
     faults: FaultsConfig = field(default_factory=FaultsConfig)
+    tags: Tags | None = None
+    """Of the workers' metrics."""
     host: Host | None = field(default=None, init=False)
 
     def open(self) -> None:
@@ -73,6 +76,7 @@ class HostJob:
                 tables[key] = tables[key].filter(pc.is_in(tables[key]["question_id"], ids.combine_chunks()))
         attempts = Attempts(self.folder_url, name)
         table, stats, failures = isolate(self._process, tables, attempts)
+        show_gpu_memory(self.tags)
         stats = {"seconds": time.perf_counter() - started} | stats
         stats |= {FAILED: float(len(failures)), DEATHS: float(attempts.num_deaths)}
         write_shard(self.folder_url, name, table, stats, failures)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from actors.host import Host
 from actors.leases import Capacity
+from actors.metrics import SHARDS_MISSING, count_failed_rows, count_worker_restarts, show
 from actors.shards import ShardDone, is_workers_loss, map_shards
 from engine.artifacts import Stage
 from engine.events import StageProgress
@@ -51,7 +52,8 @@ class ShardRun:
         self.replicas = replicas
         self.worker = worker
         self.faults = campaign.config.faults
-        self.job = HostJob(make_host, inputs, stage.url, replicas, self.faults)
+        self.tags = campaign.tags(stage)
+        self.job = HostJob(make_host, inputs, stage.url, replicas, self.faults, self.tags)
         source = over or campaign.stage("questions")
         self.rows = {entry.path: entry.num_rows or 0 for entry in source.require().files if entry.num_rows is not None}
         begun = stage.begun_shards()
@@ -82,6 +84,7 @@ class ShardRun:
     def _slice(self, progress: StageProgress) -> None:
         """Work until all is done, or others are to have the workers."""
         campaign, wanted = self.campaign, min(self.replicas, len(self.missing))
+        show(SHARDS_MISSING, self.tags, len(self.missing))
         cpus, gpus = self.worker
         with (
             campaign.hold(wanted, cpus, gpus, least=1) as placement,
@@ -105,9 +108,12 @@ class ShardRun:
 
     def _take(self, done: ShardDone, progress: StageProgress) -> None:
         stage, events = self.stage, self.campaign.events
-        events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
+        self.campaign.note_shard(stage, done.name, done.num_rows, done.stats)
         self.missing.remove(done.name)
+        show(SHARDS_MISSING, self.tags, len(self.missing))
         deaths, failed = int(done.stats.get(DEATHS, 0)), int(done.stats.get(FAILED, 0))
+        count_worker_restarts(self.tags, deaths)
+        count_failed_rows(self.tags, failed)
         if deaths:
             events.emit("worker_replaced", stage=stage.name, round=stage.round_index, shard=done.name, times=deaths)
         if failed:
@@ -128,6 +134,7 @@ class ShardRun:
 
     def _say_lost(self, error: BaseException) -> None:
         stage = self.stage
+        count_worker_restarts(self.tags, self.replicas)
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         self.campaign.events.emit("workers_lost", stage=stage.name, round=stage.round_index, reason=said)
         self.campaign.events.say(f"{stage.label:<22} {said}; {self._named_missing()}: its workers are replaced")

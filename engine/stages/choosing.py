@@ -130,8 +130,9 @@ def annotate(campaign: Campaign, round_index: int) -> None:
                     of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
                     refused.update(refusal.reason for refusal in of_batch)
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
-                    write_shard(stage.url, name, rows, _annotation_cost(annotator, [*made, *of_batch], len(made)))
-                    campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
+                    cost = _annotation_cost(annotator, [*made, *of_batch], len(made))
+                    write_shard(stage.url, name, rows, cost)
+                    campaign.note_shard(stage, name, len(made), cost)
                     stopped = getattr(annotator, "stopped", None)
                 progress.advance(len(batch))
                 if stopped:
@@ -227,6 +228,7 @@ def annotation_context(
         campaign.log_path(campaign.stage("annotate", round_index)),
         placement,
         config.faults,
+        campaign.tags(campaign.stage("annotate", round_index)),
     )
 
 

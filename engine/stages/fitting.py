@@ -160,6 +160,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
                 log_path=campaign.log_path(stage),
                 on_progress=on_progress,
                 faults=config.faults,
+                tags=campaign.tags(stage),
             )
             for file in sorted((scratch / "decoder").iterdir()):
                 if file.is_file():

@@ -34,7 +34,7 @@ def pool(campaign: Campaign) -> None:
         )
         with campaign.events.progress("pool", tables.counts["usable"], "questions") as progress:
             for index, num_rows in tables.write_shards(partial(_write, questions.url, stage.url)):
-                campaign.events.emit("shard_written", stage=stage.name, round=None, shard=shard_name(index))
+                campaign.note_shard(stage, shard_name(index), num_rows, {})
                 progress.advance(num_rows)
             if tables.counts["quarantined"]:
                 progress.note = f"{tables.counts['quarantined']} quarantined, see quarantine.parquet"

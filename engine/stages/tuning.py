@@ -117,6 +117,7 @@ def _train(
                 progress.bar.update(progress.task, total=report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
                 campaign.events.emit("training_step", round=round_index, **report)
+                campaign.trackers.log_step(stage, report)
 
         metrics = run_training(
             model_path=campaign.model.path,
@@ -131,6 +132,7 @@ def _train(
             on_progress=on_progress,
             chat=prompter.is_chat,
             faults=config.faults,
+            tags=campaign.tags(stage),
         )
         progress.advance(metrics["num_steps"] - progress.done, f"loss {metrics['last_loss']:.3f}")
     return metrics
