@@ -7,12 +7,8 @@ goes on.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,10 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 
 from actors.leases import Leases, start_host
 from engine.artifacts import RunDirectory
+from engine.cell_process import CellProcess
 from engine.config import dump_config
 from engine.events import Events
 from engine.matrix import Cell, MatrixConfig
@@ -33,8 +30,6 @@ from ka2l.errors import KA2LError
 LEASES_VARIABLE = "KA2L_LEASES"
 _POLL_S = 0.5
 _PAUSED = 3
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
 
 
 class CellState(NamedTuple):
@@ -112,7 +107,7 @@ class _Queue:
         for name, state in self.states.items():
             if state.status in ("running", "failed", "paused"):  # of a coordinator that was killed, or tried again now
                 self._set(name, state._replace(status="waiting", attempts=0))
-        self.processes: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+        self.processes: dict[str, tuple[CellProcess, float]] = {}
         self.ended: list[str] = []
 
     def step(self) -> bool:
@@ -138,13 +133,8 @@ class _Queue:
                 "name": self.leases, "cell": cell.name, "priority": cell.priority, "slice_s": self.config.slice_s,
             }),
         }  # fmt: skip
-        with (folder / f"{cell.name}.log").open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "engine.cli", "run", str(written), "--run-dir", cell_url(self.root, cell.name),
-                 "--resume"],
-                env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                preexec_fn=_die_with_parent,
-            )  # fmt: skip
+        words = ["run", str(written), "--run-dir", cell_url(self.root, cell.name), "--resume"]
+        process = CellProcess(words, environment, folder / f"{cell.name}.log")
         self.processes[cell.name] = (process, time.monotonic())
         self._set(cell.name, state._replace(status="running", attempts=state.attempts + 1, error=None))
         self.events.emit("cell_started", cell=cell.name, attempt=state.attempts + 1, pid=process.pid)
@@ -176,24 +166,13 @@ class _Queue:
     def stop(self) -> None:
         """End what still runs; it goes on another time."""
         for process, _ in self.processes.values():
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+            process.terminate()
         deadline = time.monotonic() + 10
         for name, (process, since) in self.processes.items():
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait(max(0.1, deadline - time.monotonic()))
             state = self.states[name]
             self._set(name, state._replace(status="waiting", seconds=state.seconds + time.monotonic() - since))
         self.processes.clear()
-
-
-def _die_with_parent() -> None:
-    """A cell whose coordinator is gone would hold its run directory against the next one."""
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def leases_from(text: str | None) -> tuple[Leases | None, float]:
@@ -206,7 +185,7 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
-    table = Table("cell", "status", "round", "annotated", "accuracy", "seconds", "error")
+    table = Table(Column("cell", no_wrap=True), "status", "round", "annotated", "accuracy", "seconds", "error")
     for cell in cells:
         state = states[cell.name] if states is not None else read_state(root, cell.name)
         rounds: list[dict[str, Any]] = []

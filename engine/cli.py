@@ -147,12 +147,17 @@ def report(
 ) -> None:
     """Write report.html and summary.json again from what is committed. Reads files only.
 
+    For a benchmark it writes benchmark.html and benchmark.json.
     Example: ka2l report runs/mine --baseline runs/random --set prices.annotation=0.4
     """
     from engine.artifacts import RunDirectory
     from engine.report import write_report
 
     target = RunDirectory(run_dir)
+    if (text := target.read_text("matrix.yaml")) is not None:
+        _matrix_report(target, text, baselines or (), overrides or ())
+        typer.echo(f"{target.url}/benchmark.html")
+        return
     prices = _changed_prices(_require(target), overrides or ())
     write_report(target, prices=prices, baselines=baselines or ())
     typer.echo(f"{target.url}/report.html")
@@ -309,22 +314,43 @@ def _waiting(run_dir: str) -> tuple[RunConfig, Path]:
 
 @app.command()
 def benchmark(
-    config: Annotated[str, typer.Argument(help="Name of a preset (nine, ...) or path of a YAML file.")],
+    config: Annotated[str, typer.Argument(help="Name of a preset (nine) or path of a YAML file.")],
     run_dir: RunDirOption = None,
     overrides: SetOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print the cells and the GPUs of each; needs no cluster.")
+    ] = False,
 ) -> None:
     """Run every model with every data set, query strategy and seed, side by side on one cluster.
 
-    Each cell is an ordinary run in RUN_DIR/cells. The same command goes on with a benchmark that was cut off, and tries
-    what has failed again.
+    Each cell is an ordinary run in RUN_DIR/cells; benchmark.html, written after each cell that ends, compares them.
+    The same command goes on with a benchmark that was cut off, and tries what has failed again.
 
-    Example: ka2l benchmark nine.yaml --run-dir /shared/runs/nine; meanwhile: ka2l status /shared/runs/nine
+    \b
+    The file's keys:
+      models, data, strategies   name -> keys of a run's config; seeds: a list
+      preset, common             what all cells start from
+      gpu_gib                    memory of each GPU: sizes each cell's workers by its model; null: as configured
+      priorities                 name of a model, data set or strategy -> higher goes first
+      max_running, retries       cells under way at once (9); how often a failed one is started again (1)
+      patience_s, slice_s        who waits longer is not passed; a stage yields its workers after so long
+      ray                        as in a run
+
+    Example: ka2l benchmark nine --run-dir /shared/runs/nine; meanwhile: ka2l status /shared/runs/nine
     """
     from engine.artifacts import RunDirectory
     from engine.matrix import cells, dump_matrix, load_matrix
 
     matrix = load_matrix(config, overrides or ())
     made = cells(matrix)
+    made, faults = _sized(matrix, made)
+    if dry_run:
+        _print_plan(made, faults)
+    for name, fault in faults.items():
+        fault.message = f"cell {name}: {fault.message}"
+        raise fault
+    if dry_run:
+        return
     for cell in made:
         try:
             model, pool_path = _resolve_testbed(cell.config)
@@ -340,14 +366,51 @@ def benchmark(
         _run_matrix(target, matrix, made)
 
 
+def _sized(matrix: MatrixConfig, made: list[Cell]) -> tuple[list[Cell], dict[str, KA2LError]]:
+    """The cells with the GPUs that their models need, and by cell why that is not known."""
+    if matrix.gpu_gib is None:
+        return made, {}
+    from engine.matrix_sizes import Sizes
+
+    sizes, sized, faults = Sizes(matrix.gpu_gib), [], {}
+    for cell in made:
+        try:
+            config = sizes.sized(cell.config, _resolve_testbed(cell.config)[0])
+            sized.append(cell._replace(config=config))
+        except KA2LError as error:
+            sized.append(cell)
+            faults[cell.name] = error
+    return sized, faults
+
+
+def _print_plan(made: list[Cell], faults: dict[str, KA2LError]) -> None:
+    from engine.matrix_sizes import plan_table
+
+    out = Console()
+    if not out.is_terminal:
+        out.width = 160
+    out.print(plan_table(made, set(faults)))
+    for reason in dict.fromkeys(fault.message for fault in faults.values()):
+        out.print(f"not sized: {reason}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _run_matrix(target: RunDirectory, matrix: MatrixConfig, made: list[Cell]) -> None:
     from engine.benchmark import run_cells
+    from engine.benchmark_report import write_benchmark_report
     from engine.events import Events
 
     events = Events(target, console)
+
+    def publish() -> None:
+        try:
+            write_benchmark_report(target, matrix, made)
+        except Exception as error:  # the cells go on, and their runs are what counts
+            events.say(f"(the benchmark's report could not be written: {error})")
+
     with RaySession(matrix.ray, f"{target.logs()}/driver.log") as address:
-        states = run_cells(matrix, made, target, events, address, on_end=lambda: None)
+        states = run_cells(matrix, made, target, events, address, on_end=publish)
     Console().print(_matrix_table(target, target.read_text("matrix.yaml") or ""))
+    typer.echo(f"report: {target.url}/benchmark.html")
     failed = [name for name, state in states.items() if state.status == "failed"]
     paused = [name for name, state in states.items() if state.status == "paused"]
     if failed:
@@ -360,6 +423,19 @@ def _run_matrix(target: RunDirectory, matrix: MatrixConfig, made: list[Cell]) ->
             f"{len(paused)} cells wait for annotations: {', '.join(paused[:5])}",
             hint="ka2l annotate RUN_DIR/cells/CELL serve, then the same command.",
         )
+
+
+def _matrix_report(target: RunDirectory, text: str, baselines: Sequence[str], overrides: Sequence[str]) -> None:
+    from engine.benchmark_report import write_benchmark_report
+    from engine.matrix import cells, parse_matrix
+
+    if baselines or overrides:
+        raise ConfigError(
+            f"{target.url} holds a benchmark; --baseline and --set are for a single run",
+            hint=f"Name one of its runs: ka2l report {target.url}/cells/CELL",
+        )
+    matrix = parse_matrix(text, f"{target.url}/matrix.yaml")
+    write_benchmark_report(target, matrix, cells(matrix))
 
 
 def _matrix_table(target: RunDirectory, text: str) -> Table:

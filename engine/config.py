@@ -126,7 +126,10 @@ def load_config(source: str, overrides: Iterable[str] = ()) -> RunConfig:
     Raises:
         ConfigError: no such preset or file, YAML that does not parse, an unknown key, a wrong value.
     """
-    return validated(load_values(source, overrides), source)
+    values = load_values(source, overrides)
+    if "models" in values:
+        raise ConfigError(f"{source} is a benchmark of many runs", hint=f"Run it: ka2l benchmark {source}")
+    return validated(values, source)
 
 
 def load_values(source: str, overrides: Iterable[str] = ()) -> dict[str, Any]:

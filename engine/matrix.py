@@ -44,6 +44,9 @@ class MatrixConfig(Section):
     """Seconds that the first in the queue for workers may be passed by smaller ones."""
     slice_s: float = Field(3600.0, gt=0)
     """Seconds after which a stage that works shard by shard lets others have its workers, if any wait."""
+    gpu_gib: float | None = Field(None, gt=0)
+    """Memory of each GPU, GiB. Sampler, extraction and tuning of each cell get the GPUs that its model needs, unless
+    its config names them itself; null leaves all configs as they are."""
     ray: RayConfig = RayConfig()
     """Where all cells' workers live."""
 

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from engine.report_data import GroupShare, ReportData, RoundReport, StatePoints, finite, forgetting
 
-SERIES = tuple(f"var(--series-{index})" for index in range(6))
+SERIES = tuple(f"var(--series-{index})" for index in range(9))
 _MAX_LABEL = 36
 NBSP = "\N{NO-BREAK SPACE}"
 

@@ -27,6 +27,8 @@ class ModelNeeds(NamedTuple):
     """Keys and values of all layers; 0 for a model without attention heads in its config."""
     num_heads: int
     """Attention heads: tensor parallelism divides them."""
+    max_positions: int = 0
+    """Longest sequence that the config names, tokens; 0 where it names none."""
 
 
 class EngineShape(NamedTuple):
@@ -81,6 +83,7 @@ def model_needs(path: str, dtype: str = "bfloat16", *, trust_remote_code: bool =
         weight_bytes=num_parameters * _WIDTHS[dtype],
         kv_bytes_per_token=2 * int(text.num_hidden_layers) * kv_heads * head_dim * _WIDTHS[dtype],
         num_heads=max(1, heads),
+        max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 import yaml
 
-from engine.config import RunConfig, dump_config, load_config, mask_secrets, parse_config, preset_names
+from engine.config import RunConfig, dump_config, load_config, load_values, mask_secrets, parse_config, preset_names
 from ka2l.errors import ConfigError
 from ka2l.pool import ColumnsConfig
 from ka2l.section import Section
@@ -147,10 +147,18 @@ def test_an_unknown_key_in_an_override_is_refused_like_one_in_the_file() -> None
 
 # -- files and presets -------------------------------------------------------------------------------------------------
 
+#: The other presets are benchmarks of many runs, see test_matrix.py.
+RUNS = [name for name in preset_names() if "models" not in load_values(name)]
 
-@pytest.mark.parametrize("name", preset_names())
+
+@pytest.mark.parametrize("name", RUNS)
 def test_every_preset_loads(name: str) -> None:
     assert load_config(name).name == name
+
+
+def test_a_benchmark_is_no_run() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)nine is a benchmark of many runs.*ka2l benchmark nine"):
+        load_config("nine")
 
 
 def test_a_config_is_read_from_a_file(tmp_path: Path) -> None:
@@ -188,7 +196,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 # -- dumping -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", RUNS)
 def test_a_dumped_config_reads_back_equal(name: str) -> None:
     config = load_config(name, ["tuning.from=previous", "sampler.stop=['\\n', END]", "pool.columns.fact=null"])
     assert config.tuning.start == "previous"

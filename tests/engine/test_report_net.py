@@ -13,9 +13,10 @@ import pytest
 
 from engine.config import RunConfig, parse_config
 from engine.prices import PricesConfig
-from engine.report import money, render
+from engine.report import render
 from engine.report_data import ReportData, RoundReport, StageReport
 from engine.report_net import Reached, accuracy_at, difference_ci, net, net_summary, reach
+from engine.report_page import money
 from engine.report_spending import Point, everything, spending
 from ka2l.tuning import num_steps
 
