@@ -14,9 +14,10 @@ from rich.console import Console
 from actors import metrics
 from actors.metrics import Tags
 from engine.artifacts import RunDirectory, write_shard
-from engine.campaign import Campaign, HostJob, ShardInput, commit_stage
+from engine.campaign import Campaign, commit_stage
 from engine.config import RunConfig
 from engine.events import Events, read_events
+from engine.jobs import HostJob, ShardInput
 from ka2l.models import ModelConfig
 
 
