@@ -12,13 +12,18 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
 from actors.metrics import LEASES_HELD, LEASES_WAITING, Tags, show
 
+if TYPE_CHECKING:
+    from actors.shared import Service
+
 NAMESPACE = "ka2l"
+#: What others wait for comes before all that they wait with.
+_SERVICE_PRIORITY = 1e9
 _TINY = 1e-6
 #: Seconds between two looks at the cluster's nodes.
 _WATCH_S = 2.0
@@ -201,9 +206,14 @@ class LeaseHost:
 
     def __init__(self, patience_s: float, run: str = "") -> None:
         self._queue = LeaseQueue(alive_nodes(), patience_s)
+        from actors.shared import Desk  # which stands on what stands on this module
+
         self._tags = Tags(run)
+        self._desk = Desk(self._hold_service, self.give_back)
         self._answers: dict[str, asyncio.Future[int]] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._ending = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()  # which the loop alone would forget
 
     async def watch(self) -> None:
         """Look after nodes and patience from now on."""
@@ -226,7 +236,20 @@ class LeaseHost:
                     answer.cancel()
         if prefix.endswith("/"):
             self._queue.forget(prefix.removesuffix("/"))
+            self._desk.leave(prefix.removesuffix("/"))
         self._serve()
+
+    async def join(self, service: Service, run: str) -> Any:
+        """The worker of a service that runs share; see `actors.shared`."""
+        return await self._desk.join(service, run)
+
+    async def leave(self, run: str, key: str) -> None:
+        """The run needs a service no more."""
+        self._desk.leave(run, key)
+        self._serve()
+
+    async def _hold_service(self, key: str, cpus: float, gpus: float) -> int:
+        return await self.acquire(Request(key, Capacity(cpus, gpus), 1, 1, priority=_SERVICE_PRIORITY))
 
     async def waiting(self) -> dict[str, float]:
         """Seconds that each has waited."""
@@ -237,8 +260,15 @@ class LeaseHost:
             answer = self._answers.pop(grant.key)
             if not answer.cancelled():
                 answer.set_result(len(grant.nodes))
+        if self._queue.waiting and not self._ending.locked():
+            self._tasks.add(task := asyncio.get_running_loop().create_task(self._end_idle()))
+            task.add_done_callback(self._tasks.discard)
         show(LEASES_WAITING, self._tags, len(self._queue.waiting))
         show(LEASES_HELD, self._tags, len(self._queue.held))
+
+    async def _end_idle(self) -> None:
+        async with self._ending:
+            await self._desk.end_idle()
 
     async def _watch(self) -> None:
         # Nodes come and go; and patience ends with time alone.
@@ -277,6 +307,14 @@ class Leases:
             yield ray.get(granted)
         finally:
             ray.get(self._host.give_back.remote(key))
+
+    def join(self, service: Service) -> Any:
+        """The worker of a service that runs share; waits for its room."""
+        return ray.get(self._host.join.remote(service, self.cell))
+
+    def leave(self, key: str) -> None:
+        """This run needs the service no more."""
+        ray.get(self._host.leave.remote(self.cell, key))
 
     def others_wait(self) -> bool:
         """Whether any run waits for workers."""

@@ -19,7 +19,9 @@ from actors.placement import Placement
 from actors.shards import original_error
 
 
-class _Worker:
+class PoolWorker:
+    """The actor: opens its host with the first call."""
+
     def __init__(
         self, make_host: Callable[[], Any], log_path: str | None, deadline_s: float, tags: Tags | None
     ) -> None:
@@ -33,6 +35,7 @@ class _Worker:
         """Returns once the process is up."""
 
     def call(self, method: str, item: Any) -> Any:
+        """What a method of the host makes of an item."""
         # Opened here and not in the constructor, so that what goes wrong reaches the driver as it was raised.
         with deadline(self.deadline_s):
             if self.host is None:
@@ -114,7 +117,7 @@ class HostPool:
             num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=1, max_task_retries=1, **self.placement.options()
         )
         workers: list[Any] = [
-            options(_Worker).remote(self.make_host, self.log_path, self.faults.deadline_s, self.tags)
+            options(PoolWorker).remote(self.make_host, self.log_path, self.faults.deadline_s, self.tags)
             for _ in range(self.placement.num_workers)
         ]
         self._starting = {worker.started.remote(): worker for worker in workers}

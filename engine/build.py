@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
     from actors.metrics import Tags
     from actors.placement import Placement
+    from actors.pool import HostPool
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
+    from actors.shared import EquivalenceHost
     from actors.teacher import TeacherHost
     from engine.artifacts import RunDirectory
     from engine.journal import FileJournal, RemoteJournal
@@ -143,18 +145,27 @@ def judge(config: EquivalenceConfig) -> Equivalence:
     return JudgeEquivalence(SamplerJudge(made, load_tokenizer(model)))
 
 
-def scorer_host(config: EquivalenceConfig) -> ScorerHost:
-    """What the cluster stage runs."""
+def scorer_host(config: EquivalenceConfig, shared: Equivalence | None) -> ScorerHost:
+    """What the cluster stage runs; with ``shared`` it loads no model of its own."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(equivalence(config))
+    return ScorerHost(shared or equivalence(config))
 
 
-def feedback_host(config: EquivalenceConfig, answers: Mapping[str, list[str]]) -> ScorerHost:
+def feedback_host(
+    config: EquivalenceConfig, shared: Equivalence | None, answers: Mapping[str, list[str]]
+) -> ScorerHost:
     """What the feedback stage runs: own answers to candidates grouped by meaning, and graded where annotated."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(equivalence(config), ("rehearsal",), answers)
+    return ScorerHost(shared or equivalence(config), ("rehearsal",), answers)
+
+
+def equivalence_host(config: EquivalenceConfig) -> EquivalenceHost:
+    """What runs share that compare answers with the same model."""
+    from actors.shared import EquivalenceHost
+
+    return EquivalenceHost(equivalence(config))
 
 
 def strategy(config: SelectionConfig) -> Strategy:
@@ -197,7 +208,7 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
 
     assert config.teacher is not None
     engine = config.engine
-    pool = HostPool(
+    pool = context.shared_teacher or HostPool(
         partial(teacher_host, config),
         placement=context.placement,
         cpus=engine.cpus_per_replica,
@@ -267,6 +278,8 @@ class AnnotationContext(NamedTuple):
     faults: FaultsConfig
     tags: Tags | None = None
     """Of their metrics."""
+    shared_teacher: HostPool | None = None
+    """Of a benchmark's cells: a local teacher's workers, which others ask, too."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:

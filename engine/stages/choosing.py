@@ -16,6 +16,7 @@ from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
+from engine.sharing import shared_teacher
 from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
@@ -155,9 +156,9 @@ def annotate(campaign: Campaign, round_index: int) -> None:
 
 
 def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Placement]:
-    """What annotating holds: a local teacher's engines, else the driver alone."""
+    """What annotating holds: a local teacher's engines, unless others share them, else the driver alone."""
     config = campaign.config.annotator
-    if config.kind != "local_teacher":
+    if config.kind != "local_teacher" or campaign.leases is not None:
         return contextlib.nullcontext(Placement(0))
     return campaign.hold(config.engine.replicas, config.engine.cpus_per_replica, config.engine.gpus_per_replica)
 
@@ -229,6 +230,7 @@ def annotation_context(
         placement,
         config.faults,
         campaign.tags(campaign.stage("annotate", round_index)),
+        shared_teacher(campaign, campaign.stage("annotate", round_index)),
     )
 
 

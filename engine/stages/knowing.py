@@ -17,6 +17,7 @@ from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
+from engine.sharing import shared_equivalence
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     among,
@@ -115,15 +116,17 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             for source in answers
             for row in source.table(["question_id", "answers"]).to_pylist()
         }
-        run_host(
-            campaign,
-            stage,
-            partial(build.feedback_host, config, revealed),
-            {"questions": ShardInput(questions.url, ["question_id", "question"]), source[0]: ShardInput(source[1].url)},
-            replicas=1,
-            cpus=1.0,
-            gpus=0.0,
-        )
+        inputs = {"questions": ShardInput(questions.url, ["question_id", "question"])}
+        with shared_equivalence(campaign, stage) as (shared, cpus):
+            run_host(
+                campaign,
+                stage,
+                partial(build.feedback_host, config, shared, revealed),
+                inputs | {source[0]: ShardInput(source[1].url)},
+                replicas=1,
+                cpus=cpus,
+                gpus=0.0,
+            )
         return {
             "num_sampled": num_rows(stage),
             "num_annotated": len(revealed),

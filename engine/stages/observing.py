@@ -16,6 +16,7 @@ from engine import build
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
+from engine.sharing import shared_equivalence
 from engine.stages.tables import adapter_input, among, by_id, eval_grades, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 
@@ -68,19 +69,20 @@ def cluster(campaign: Campaign, round_index: int) -> None:
     observed = campaign.stage("observe", round_index)
 
     def work(stage: Stage) -> Outcome:
-        run_host(
-            campaign,
-            stage,
-            partial(build.scorer_host, config.equivalence),
-            {
-                "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
-                "samples": ShardInput(observed.url),
-                "references": ShardInput(references.url, eval_only=True),
-            },
-            replicas=1,
-            cpus=1.0,
-            gpus=0.0,
-        )
+        with shared_equivalence(campaign, stage) as (shared, cpus):
+            run_host(
+                campaign,
+                stage,
+                partial(build.scorer_host, config.equivalence, shared),
+                {
+                    "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
+                    "samples": ShardInput(observed.url),
+                    "references": ShardInput(references.url, eval_only=True),
+                },
+                replicas=1,
+                cpus=cpus,
+                gpus=0.0,
+            )
         return _cluster_metrics(campaign, stage, round_index), {}
 
     commit_stage(
