@@ -9,6 +9,7 @@ import logging
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -115,6 +116,15 @@ def map_shards(
             raise original_error(error) from error
 
 
+#: Those of pipelines that run, by their ids.
+_WATCHES: weakref.WeakValueDictionary[int, _Watch] = weakref.WeakValueDictionary()
+
+
+def _look(key: int) -> None:
+    if (watch := _WATCHES.get(key)) is not None:
+        watch.look()
+
+
 class _Watch:
     """Ends a pipeline that would wait for ever: for a worker that is stuck, or for one that finds no node any more."""
 
@@ -144,13 +154,15 @@ class _Watch:
 
     def callback_class(self) -> type:
         """What Ray Data makes an instance of and calls at each step of its loop; errors it raises reach the caller."""
-        look = self.look
+        key = id(self)
+        _WATCHES[key] = self
 
         class Callback:
             def before_execution_starts(self, executor: Any) -> None: ...
 
             def on_execution_step(self, executor: Any) -> None:
-                look()
+                # Ray sends this class to its workers with everything that it holds: so it holds a number.
+                _look(key)
 
             def after_execution_succeeds(self, executor: Any) -> None: ...
 

@@ -44,7 +44,7 @@ class Attempts:
 
     def __init__(self, folder_url: str, shard: str) -> None:
         self._fs, folder = filesystem(folder_url)
-        self._path = f"{folder}/{ATTEMPTS}/{shard}.json"
+        self._path = f"{folder}/{ATTEMPTS}/of-{shard}.json"
         content = read_bytes(self._fs, self._path)
         said = json.loads(content) if content else {"deaths": {}, "at_work": None}
         self._deaths: Counter[str] = Counter(said["deaths"])

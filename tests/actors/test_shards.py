@@ -4,6 +4,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,18 @@ class Job:
         return len(list(self.folder.glob("open-*")))
 
 
+class Teller:
+    """Cannot be pickled."""
+
+    def __init__(self, told: list[float]) -> None:
+        self.told = told
+        self.lock = threading.Lock()
+
+    def tell(self, seconds: float) -> None:
+        with self.lock:
+            self.told.append(seconds)
+
+
 def run(job: Job, replicas: int = 1, **options: Any) -> list[ShardDone]:
     defaults: dict[str, Any] = {"placement": Placement(replicas), "cpus": 0.5, "gpus": 0.0, "log_path": None}
     return list(map_shards(job, NAMES, **(defaults | options)))
@@ -128,7 +141,8 @@ def test_workers_that_make_nothing_are_told_of_and_then_given_up_with_an_error_t
         pytest.raises(StageStalledError, match="made nothing for") as caught,
         reserved(Capacity(0.5, 0.0), 1, 1, timeout_s=60.0) as placement,
     ):
-        run(Job(tmp_path, hang=True), placement=placement, stall_s=5.0, on_wait=waited.append)
+        # What is told of it need not travel to workers.
+        run(Job(tmp_path, hang=True), placement=placement, stall_s=5.0, on_wait=Teller(waited).tell)
     assert sorted(path.name for path in tmp_path.glob("made-*")) == [f"made-{name}" for name in NAMES[:2]]
     assert is_workers_loss(caught.value)
     assert len(waited) >= 4
