@@ -11,10 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from actors.faults import FaultsConfig
 from actors.host import Host, Stats, set_num_threads
+from actors.metrics import Tags
+from actors.placement import Placement
 from actors.trainer import Workers, run_loop, run_remote
 from ka2l.decoder_config import DecoderConfig
 from ka2l.records import stored_layers, stored_states
+from ka2l.seeds import row_seed
+
+#: Questions of one source that a decoder is fitted on at most: their states are held by one worker.
+MOST_PAIRS = 100_000
 
 
 class PairSource(NamedTuple):
@@ -27,19 +34,40 @@ class PairSource(NamedTuple):
     """Only questions of this split."""
 
 
-def read_pairs(sources: Sequence[PairSource], layer: int) -> tuple[np.ndarray, list[str]]:
-    """States of one layer, shape (N, D), and their questions, in the order of the shards."""
+def read_pairs(sources: Sequence[PairSource], layer: int, seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """States of one layer, shape (N, D), and their questions, in the order of the shards.
+
+    Of a source with more than MOST_PAIRS questions so many are drawn, by a hash of (seed, question id).
+    """
     states, questions = [], []
     for source in sources:
+        drawn = _drawn(source, seed)
         for name in source.shards:
             texts = pq.read_table(f"{source.questions_url}/{name}", columns=["question_id", "question", "split"])
             text_of = dict(zip(texts["question_id"].to_pylist(), texts["question"].to_pylist(), strict=True))
             table = pq.read_table(f"{source.states_url}/{name}", columns=["question_id", "split", "states"])
             layers = stored_layers(table.schema)
             table = table.filter(pc.equal(table["split"], source.split))
+            if drawn is not None:
+                table = table.filter(pc.is_in(table["question_id"], value_set=drawn))
             states.append(stored_states(table, len(layers))[:, layers.index(layer)].astype(np.float32))
             questions += [text_of[name] for name in table["question_id"].to_pylist()]
     return np.concatenate(states), questions
+
+
+def _drawn(source: PairSource, seed: int) -> pa.Array | None:
+    """Ids of the questions to read; None where a source holds few enough to read all."""
+    ids = [
+        pq.read_table(
+            f"{source.states_url}/{name}", columns=["question_id"], filters=pc.field("split") == source.split
+        )["question_id"]
+        for name in source.shards
+    ]
+    if sum(map(len, ids)) <= MOST_PAIRS:
+        return None
+    draws = np.array([row_seed(seed, 0, "pairs", name) for part in ids for name in part.to_pylist()])
+    last = np.partition(draws, MOST_PAIRS - 1)[MOST_PAIRS - 1]
+    return pa.chunked_array(ids).filter(pa.array(draws <= last)).combine_chunks()
 
 
 def run_decoder_training(
@@ -56,6 +84,8 @@ def run_decoder_training(
     trust_remote_code: bool,
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    faults: FaultsConfig,
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train a decoder under Ray Train; blocks until it is written to ``output_dir``.
 
@@ -65,6 +95,7 @@ def run_decoder_training(
         previous: folder of the decoder to go on from.
         scratch_dir: folder for Ray Train's own files; the caller removes it.
         on_progress: called in a thread of this process with what `train_decoder` reports.
+        tags: of the worker's metrics.
 
     Returns:
         What `train_decoder` returns, the `fidelity` to held-out questions, and the ``noise`` of noised states.
@@ -85,7 +116,7 @@ def run_decoder_training(
         "previous": previous,
         "trust_remote_code": trust_remote_code,
     }
-    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker)
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
     return run_loop(_train, arguments, workers, scratch_dir, log_path, on_progress)
 
 
@@ -94,10 +125,11 @@ def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) 
 
     config = DecoderConfig(**arguments["config"])
     set_num_threads(config.cpus_per_worker)
-    states, questions = read_pairs([PairSource(*source) for source in arguments["sources"]], arguments["layer"])
+    sources = [PairSource(*source) for source in arguments["sources"]]
+    states, questions = read_pairs(sources, arguments["layer"], arguments["seed"])
     same = {key: arguments[key] for key in ("output_dir", "seed", "previous", "trust_remote_code")}
     metrics = train_decoder(arguments["model_path"], states, questions, config, progress=report, **same)
-    unseen, asked = read_pairs([PairSource(*arguments["held_out"])], arguments["layer"])
+    unseen, asked = read_pairs([PairSource(*arguments["held_out"])], arguments["layer"], arguments["seed"])
     decoder = load_decoder(
         arguments["output_dir"],
         arguments["model_path"],
@@ -120,6 +152,8 @@ def decode_states(
     seed: int,
     trust_remote_code: bool,
     log_path: str | None,
+    placement: Placement,
+    faults: FaultsConfig,
 ) -> list[str]:
     """One question a state, shape (N, D), in a process of its own.
 
@@ -132,7 +166,8 @@ def decode_states(
         StageFailedError: the process died.
     """
     work = functools.partial(_decode, folder, model_path, states, sampled, config, seed, trust_remote_code)
-    texts: list[str] = run_remote(work, "decoding", config.cpus_per_worker, config.gpus_per_worker, log_path)
+    workers = Workers("decoder", 1, config.cpus_per_worker, config.gpus_per_worker, faults, placement)
+    texts: list[str] = run_remote(work, "decoding", workers, log_path)
     return texts
 
 
@@ -157,7 +192,14 @@ def _decode(
 
 
 def extract_states(
-    make_host: Callable[[], Host], texts: Sequence[str], *, cpus: float, gpus: float, log_path: str | None
+    make_host: Callable[[], Host],
+    texts: Sequence[str],
+    *,
+    cpus: float,
+    gpus: float,
+    log_path: str | None,
+    placement: Placement,
+    faults: FaultsConfig,
 ) -> tuple[pa.Table, Stats]:
     """States of some texts, in a process of its own.
 
@@ -168,9 +210,9 @@ def extract_states(
         KA2LError: as the worker raised it.
         StageFailedError: the process died.
     """
-    found: tuple[pa.Table, Stats] = run_remote(
-        functools.partial(_extract, make_host, list(texts)), "forwarding decoded questions", cpus, gpus, log_path
-    )
+    work = functools.partial(_extract, make_host, list(texts))
+    workers = Workers("extraction", 1, cpus, gpus, faults, placement)
+    found: tuple[pa.Table, Stats] = run_remote(work, "forwarding decoded questions", workers, log_path)
     return found
 
 

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
+from actors.metrics import LEASES_HELD, LEASES_WAITING, Tags, show
+
+if TYPE_CHECKING:
+    from actors.shared import Service
+
 NAMESPACE = "ka2l"
+#: What others wait for comes before all that they wait with.
+_SERVICE_PRIORITY = 1e9
 _TINY = 1e-6
 #: Seconds between two looks at the cluster's nodes.
 _WATCH_S = 2.0
@@ -43,6 +51,13 @@ class Request(NamedTuple):
     """So many are enough to begin; ``num_workers`` where the stage cannot do with fewer."""
     priority: float = 0.0
     """Higher goes first; of equal ones, who asked first."""
+    left: float | None = None
+    """Work that its run has left, in a unit that all runs share; None for who wants all and no fair share."""
+
+    @property
+    def run(self) -> str:
+        """Whose it is: what stands before the slash of its key."""
+        return self.key.split("/")[0]
 
 
 class Grant(NamedTuple):
@@ -57,7 +72,9 @@ class LeaseQueue:
     """Grants in the order of priority and, behind one that does not fit yet, what fits beside it.
 
     That is list scheduling with backfilling (Graham 1969; Feitelson and Weil 1998). Whoever has waited longer than
-    ``patience_s`` at the head of the queue is not passed any more, so that none starves.
+    ``patience_s`` at the head of the queue is not passed any more, so that none starves. Where there is not enough for
+    all, nobody gets more workers than its share of the cluster, which is its share of all work that is left: so the
+    runs end at about the same time, and no engine is started for little.
 
     Args:
         nodes: name -> what it has.
@@ -74,6 +91,7 @@ class LeaseQueue:
         self._clock = clock
         self._waiting: dict[str, tuple[Request, float]] = {}
         self._held: dict[str, tuple[Request, tuple[str, ...]]] = {}
+        self._left: dict[str, float] = {}
 
     def ask(self, request: Request) -> None:
         """Queue up.
@@ -90,6 +108,12 @@ class LeaseQueue:
                 f"{request.worker.gpus:g} GPUs, and the cluster has room for {room}"
             )
         self._waiting[request.key] = (request, self._clock())
+        if request.left is not None:
+            self._left[request.run] = request.left
+
+    def forget(self, run: str) -> None:
+        """A run has ended: it has no work left."""
+        self._left.pop(run, None)
 
     def give_back(self, key: str) -> None:
         """End a lease, or stop waiting for one; a key that has neither is no error."""
@@ -114,9 +138,10 @@ class LeaseQueue:
 
     def grants(self) -> list[Grant]:
         """What can be granted now; it is held from here on."""
-        now, granted = self._clock(), []
-        for request, since in sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1])):
-            places = tuple(self._places(request.worker, self._free, request.num_workers))
+        now, granted, plenty = self._clock(), [], self._is_plenty()
+        for request, since in self._queue():
+            wanted = request.num_workers if plenty else self._fair(request)
+            places = tuple(self._places(request.worker, self._free, wanted))
             if len(places) >= request.min_workers:
                 for node in places:
                     self._free[node] = _plus(self._free[node], request.worker, -1)
@@ -127,6 +152,19 @@ class LeaseQueue:
                 break
         return granted
 
+    def _fair(self, request: Request) -> int:
+        """Workers that a run may have, by its share of all work that is left."""
+        if request.left is None:
+            return request.num_workers
+        most = len(list(self._places(request.worker, self._nodes, self._most(request.worker))))
+        share = request.left / max(_TINY, sum(self._left.values()))
+        return min(request.num_workers, max(request.min_workers, math.ceil(most * share - _TINY)))
+
+    def _most(self, worker: Capacity) -> int:
+        """No more workers than this fit on all nodes together."""
+        sums = [sum(node[index] for node in self._nodes.values()) for index in range(2)]
+        return int(min(has / wants for has, wants in zip(sums, worker, strict=True) if wants > 0) + _TINY)
+
     @property
     def held(self) -> list[str]:
         """Keys of all leases that have been granted."""
@@ -136,8 +174,19 @@ class LeaseQueue:
     def waiting(self) -> dict[str, float]:
         """Seconds that each has waited, the next to be granted first."""
         now = self._clock()
-        queue = sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1]))
-        return {request.key: now - since for request, since in queue}
+        return {request.key: now - since for request, since in self._queue()}
+
+    def _queue(self) -> list[tuple[Request, float]]:
+        return sorted(self._waiting.values(), key=lambda item: (-item[0].priority, item[1]))
+
+    def _is_plenty(self) -> bool:
+        """Whether the cluster could hold all that anybody here wants, held or waited for."""
+        requests = [request for request, _ in [*self._waiting.values(), *self._held.values()]]
+        for index in range(2):
+            wanted = sum(request.num_workers * request.worker[index] for request in requests)
+            if wanted > sum(node[index] for node in self._nodes.values()):
+                return False
+        return True
 
     @staticmethod
     def _places(worker: Capacity, free: Mapping[str, Capacity], num_workers: int) -> Iterator[str]:
@@ -155,10 +204,16 @@ class LeaseQueue:
 class LeaseHost:
     """The queue as an actor that all runs of a benchmark share."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, run: str = "") -> None:
         self._queue = LeaseQueue(alive_nodes(), patience_s)
+        from actors.shared import Desk  # which stands on what stands on this module
+
+        self._tags = Tags(run)
+        self._desk = Desk(self._hold_service, self.give_back)
         self._answers: dict[str, asyncio.Future[int]] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._ending = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()  # which the loop alone would forget
 
     async def watch(self) -> None:
         """Look after nodes and patience from now on."""
@@ -173,13 +228,28 @@ class LeaseHost:
         return await answer
 
     async def give_back(self, prefix: str) -> None:
-        """End all leases whose keys start with ``prefix``, granted or waited for."""
+        """End all leases whose keys start with ``prefix``, granted or waited for; ``RUN/`` ends the run."""
         for key in [*self._answers, *self._queue.held]:
             if key.startswith(prefix):
                 self._queue.give_back(key)
                 if (answer := self._answers.pop(key, None)) is not None:
                     answer.cancel()
+        if prefix.endswith("/"):
+            self._queue.forget(prefix.removesuffix("/"))
+            self._desk.leave(prefix.removesuffix("/"))
         self._serve()
+
+    async def join(self, service: Service, run: str) -> Any:
+        """The worker of a service that runs share; see `actors.shared`."""
+        return await self._desk.join(service, run)
+
+    async def leave(self, run: str, key: str) -> None:
+        """The run needs a service no more."""
+        self._desk.leave(run, key)
+        self._serve()
+
+    async def _hold_service(self, key: str, cpus: float, gpus: float) -> int:
+        return await self.acquire(Request(key, Capacity(cpus, gpus), 1, 1, priority=_SERVICE_PRIORITY))
 
     async def waiting(self) -> dict[str, float]:
         """Seconds that each has waited."""
@@ -190,6 +260,15 @@ class LeaseHost:
             answer = self._answers.pop(grant.key)
             if not answer.cancelled():
                 answer.set_result(len(grant.nodes))
+        if self._queue.waiting and not self._ending.locked():
+            self._tasks.add(task := asyncio.get_running_loop().create_task(self._end_idle()))
+            task.add_done_callback(self._tasks.discard)
+        show(LEASES_WAITING, self._tags, len(self._queue.waiting))
+        show(LEASES_HELD, self._tags, len(self._queue.held))
+
+    async def _end_idle(self) -> None:
+        async with self._ending:
+            await self._desk.end_idle()
 
     async def _watch(self) -> None:
         # Nodes come and go; and patience ends with time alone.
@@ -210,30 +289,42 @@ class Leases:
 
     def __init__(self, name: str, cell: str, priority: float) -> None:
         self._host = ray.get_actor(name, namespace=NAMESPACE)
-        self._cell = cell
+        self.cell = cell
         self._priority = priority
         self._count = 0
 
     @contextlib.contextmanager
-    def hold(self, worker: Capacity, num_workers: int, min_workers: int) -> Iterator[int]:
-        """Wait for workers, for the length of a block; yields how many there are."""
+    def hold(self, worker: Capacity, num_workers: int, min_workers: int, left: float | None) -> Iterator[int]:
+        """Wait for workers, for the length of a block; yields how many there are.
+
+        Args:
+            left: as in `Request`.
+        """
         self._count += 1
-        key = f"{self._cell}/{os.getpid()}-{self._count}"
-        granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority))
+        key = f"{self.cell}/{os.getpid()}-{self._count}"
+        granted: Any = self._host.acquire.remote(Request(key, worker, num_workers, min_workers, self._priority, left))
         try:
             yield ray.get(granted)
         finally:
             ray.get(self._host.give_back.remote(key))
+
+    def join(self, service: Service) -> Any:
+        """The worker of a service that runs share; waits for its room."""
+        return ray.get(self._host.join.remote(service, self.cell))
+
+    def leave(self, key: str) -> None:
+        """This run needs the service no more."""
+        ray.get(self._host.leave.remote(self.cell, key))
 
     def others_wait(self) -> bool:
         """Whether any run waits for workers."""
         return bool(ray.get(self._host.waiting.remote()))
 
 
-def start_host(name: str, patience_s: float) -> Any:
-    """Start the host; it ends with the process that started it."""
+def start_host(name: str, patience_s: float, run: str = "") -> Any:
+    """Start the host; it ends with the process that started it. ``run`` is the benchmark's name in metrics."""
     actor: Any = ray.remote(LeaseHost)
-    host = actor.options(num_cpus=0, max_concurrency=1000, name=name, namespace=NAMESPACE).remote(patience_s)
+    host = actor.options(num_cpus=0, max_concurrency=1000, name=name, namespace=NAMESPACE).remote(patience_s, run)
     ray.get(host.watch.remote())
     return host
 

@@ -12,53 +12,70 @@ from typing import Any
 
 import ray
 
+from actors.faults import FaultsConfig, deadline
 from actors.host import redirect_output
-from actors.shards import original_error, wait_until_free
+from actors.metrics import Tags, show_gpu_memory
+from actors.placement import Placement
+from actors.shards import original_error
 
 
-class _Worker:
-    def __init__(self, make_host: Callable[[], Any], log_path: str | None) -> None:
+class PoolWorker:
+    """The actor: opens its host with the first call."""
+
+    def __init__(
+        self, make_host: Callable[[], Any], log_path: str | None, deadline_s: float, tags: Tags | None
+    ) -> None:
         redirect_output(log_path)
         self.make_host = make_host
+        self.deadline_s = deadline_s
+        self.tags = tags
         self.host: Any = None
 
     def started(self) -> None:
         """Returns once the process is up."""
 
     def call(self, method: str, item: Any) -> Any:
+        """What a method of the host makes of an item."""
         # Opened here and not in the constructor, so that what goes wrong reaches the driver as it was raised.
-        if self.host is None:
-            self.host = self.make_host()
-        return getattr(self.host, method)(item)
+        with deadline(self.deadline_s):
+            if self.host is None:
+                self.host = self.make_host()
+            result = getattr(self.host, method)(item)
+        show_gpu_memory(self.tags)
+        return result
 
 
 class HostPool:
-    """Up to ``replicas`` workers; none is started before the first call.
+    """Workers for which there is room; none is started before the first call.
 
     Args:
         make_host: makes what a worker hosts; pickled by reference.
         cpus: cores of one worker.
         gpus: GPUs of one worker.
         log_path: where the workers' chatter goes.
-        timeout_s: how long to wait for the first worker's cores and GPUs.
+        placement: where they go, and how many there are.
+        faults: how long a worker may take over one call.
+        tags: of the workers' metrics.
     """
 
     def __init__(
         self,
         make_host: Callable[[], Any],
         *,
-        replicas: int,
+        placement: Placement,
         cpus: float,
         gpus: float,
         log_path: str | None,
-        timeout_s: float,
+        faults: FaultsConfig,
+        tags: Tags | None = None,
     ) -> None:
         self.make_host = make_host
-        self.replicas = replicas
+        self.placement = placement
         self.cpus = cpus
         self.gpus = gpus
         self.log_path = log_path
-        self.timeout_s = timeout_s
+        self.faults = faults
+        self.tags = tags
         self._starting: dict[Any, Any] = {}
         self._idle: list[Any] = []
 
@@ -96,9 +113,13 @@ class HostPool:
     def _start(self) -> None:
         if self._idle or self._starting:
             return
-        wait_until_free(self.cpus, self.gpus, self.timeout_s)
-        options = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=1, max_task_retries=1)
-        workers: list[Any] = [options(_Worker).remote(self.make_host, self.log_path) for _ in range(self.replicas)]
+        options = ray.remote(
+            num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=1, max_task_retries=1, **self.placement.options()
+        )
+        workers: list[Any] = [
+            options(PoolWorker).remote(self.make_host, self.log_path, self.faults.deadline_s, self.tags)
+            for _ in range(self.placement.num_workers)
+        ]
         self._starting = {worker.started.remote(): worker for worker in workers}
 
     def close(self) -> None:

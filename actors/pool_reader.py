@@ -1,6 +1,8 @@
 """Reads a question pool with Ray Data: workers read and clean, the driver decides duplicates and splits from keys.
 
-The text stays in Ray's object store (which spills to disk); the driver holds about 50 bytes a row and one shard.
+The text stays in Ray's object store (which spills to disk) until workers write it as shards. The driver holds 26 bytes
+a row and never a text: two or three 64-bit hashes, a split and whether the row is usable. Deciding takes as much again
+for a moment, so that ten million rows come to about half a GiB.
 """
 
 from __future__ import annotations
@@ -11,33 +13,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 from numpy.typing import NDArray
 
+from actors.pool_blocks import Blocks, WriteShard
 from actors.shards import quiet_data_context
 from ka2l import pool, pool_sources, pool_splits
 from ka2l.errors import PoolError
 from ka2l.pool import ColumnsConfig, PoolConfig, RowMapper
 from ka2l.pool_sources import Piece
-from ka2l.records import QUARANTINE, SPLITS
+from ka2l.pool_splits import Repeats
+from ka2l.records import SPLITS
 
 _CHUNK_ROWS = 4096
 _BIN_BYTES = 64 * 2**20
 _MAX_BINS = 200
 
 
-@dataclass(frozen=True)
-class PoolTables:
-    """A split pool. ``shards`` can be consumed once."""
+class PoolTables(NamedTuple):
+    """A split pool."""
 
-    shards: Iterator[tuple[pa.Table, pa.Table]]
-    """(questions, references) tables of the same rows, in source order."""
+    write_shards: Callable[[WriteShard], Iterator[tuple[int, int]]]
+    """Has workers write (questions, references) tables of the same rows, in source order; yields each shard's index
+    and rows when it is written. To be called once."""
     counts: dict[str, int]
     """``rows`` read, ``usable``, one entry a split, ``quarantined`` and ``quarantined_<reason>``."""
 
@@ -46,14 +49,12 @@ class PoolTables:
 class _Keys:
     """What the driver holds of a pool: one entry a row, in source order."""
 
-    sources: list[str]
-    source: NDArray[np.int32]
-    row: NDArray[np.int64]
-    usable: NDArray[np.bool_]
     question: NDArray[np.uint64]
     id: NDArray[np.uint64]
     group: NDArray[np.uint64]
+    """The same array as ``question`` where every question is a group of its own."""
     split: NDArray[np.int8]
+    usable: NDArray[np.bool_]
     reasons: Counter[str]
     """Rejected rows by the word before the colon."""
     examples: dict[str, str]
@@ -61,16 +62,16 @@ class _Keys:
 
 
 def read_pool(
-    config: PoolConfig, seed: int, *, write_quarantine: Callable[[pa.Table], object], shard_rows: int = 2000
+    config: PoolConfig, seed: int, *, write_quarantine: Callable[[Iterator[pa.Table]], str], shard_rows: int = 2000
 ) -> PoolTables:
     """Read, check, quarantine and split the pool. Ray must be initialised.
 
     Args:
         config: the pool; ``testbed`` must have been resolved to a path before.
         seed: the run's seed, from which splits are drawn.
-        write_quarantine: writes one table with the schema ``records.QUARANTINE`` (at most ``shard_rows`` rows) and
-            returns where, for error messages. Not called where no row is quarantined. It is called before this
-            function returns, and before it raises because too few rows are usable.
+        write_quarantine: writes tables with the schema ``records.QUARANTINE`` as they come and returns where, for
+            error messages. Not called where no row is quarantined. It is called before this function returns, and
+            before it raises because too few rows are usable.
         shard_rows: rows of the tables handed out; the last has fewer.
 
     Raises:
@@ -78,36 +79,32 @@ def read_pool(
     """
     with quiet_data_context():
         dataset = _clean_dataset(config).materialize()
-        keys = _collect_keys(dataset, config)
-        _refuse_unreadable(keys)
-        by_question, by_id = np.full(len(keys.row), -1), np.full(len(keys.row), -1)
-        usable = np.flatnonzero(keys.usable)
-        found = pool_splits.find_duplicates(keys.question[usable], keys.id[usable], keys.split[usable])
-        for target, winner in zip((by_question, by_id), found, strict=True):
-            target[usable] = np.where(winner >= 0, usable[winner], -1)
-        kept = np.flatnonzero(keys.usable & (by_question < 0) & (by_id < 0))
-        counts = _counts(keys, by_question, by_id)
-        written = _write_quarantine(dataset, keys, by_question, by_id, write_quarantine, shard_rows)
-        if not len(kept):
-            raise _no_usable_row(keys, config.path, written)
-        _refuse_unused_group(keys, kept, config)
-        try:
-            assigned = pool_splits.assign_splits(
-                keys.question[kept],
-                keys.group[kept],
-                keys.split[kept],
-                num_seed=config.num_seed,
-                num_eval=config.num_eval,
-                seed=seed,
-            )
-        except PoolError as err:
-            where = f"; {counts['quarantined']} rows were quarantined: {written}" if written else ""
-            raise PoolError(err.message + where, hint=err.hint) from None
-        splits = np.full(len(keys.row), -1, dtype=np.int8)
-        splits[kept] = assigned
-        counts["usable"] = len(kept)
-        counts |= {name: int((assigned == index).sum()) for index, name in enumerate(SPLITS)}
-        return PoolTables(_shards(dataset, splits, shard_rows), counts)
+        blocks = Blocks(dataset.to_arrow_refs())
+    keys = _collect_keys(blocks, dataset.count(), config)
+    _refuse_unreadable(keys)
+    by_question, by_id = pool_splits.find_duplicates(keys.question, keys.id, keys.split, keys.usable)
+    del keys.id
+    counts = _counts(keys, by_question, by_id)
+    written = _write_quarantine(blocks, keys, by_question, by_id, write_quarantine)
+    is_kept = keys.usable
+    for repeats in (by_question, by_id):
+        is_kept[repeats.rows] = False
+    if not is_kept.any():
+        raise _no_usable_row(keys, config.path, written)
+    _keep(keys, is_kept)
+    _refuse_unused_group(keys, config)
+    try:
+        assigned = pool_splits.assign_splits(
+            keys.question, keys.group, keys.split, num_seed=config.num_seed, num_eval=config.num_eval, seed=seed
+        )
+    except PoolError as err:
+        where = f"; {counts['quarantined']} rows were quarantined: {written}" if written else ""
+        raise PoolError(err.message + where, hint=err.hint) from None
+    counts["usable"] = len(assigned)
+    counts |= {name: int((assigned == index).sum()) for index, name in enumerate(SPLITS)}
+    splits = np.full(len(is_kept), -1, dtype=np.int8)
+    splits[is_kept] = assigned
+    return PoolTables(partial(blocks.write_shards, splits, shard_rows), counts)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -191,38 +188,42 @@ def _clean_numbered(
 # ---------------------------------------------------------------------------------------------------- deciding
 
 
-def _collect_keys(dataset: ray.data.Dataset, config: PoolConfig) -> _Keys:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in pool.KEY_COLUMNS}
-    sources: dict[str, int] = {}
-    reasons: Counter[str] = Counter()
-    examples: dict[str, str] = {}
-    batches = dataset.select_columns(list(pool.KEY_COLUMNS)).iter_batches(batch_size=None, batch_format="pyarrow")
-    for batch in cast("Iterator[pa.Table]", batches):
-        encoded = pc.dictionary_encode(batch["source"].combine_chunks())
-        codes = [sources.setdefault(name, len(sources)) for name in encoded.dictionary.to_pylist()]
-        parts["source"].append(np.array(codes, dtype=np.int32)[encoded.indices.to_numpy()])
-        parts["reason"].append(pc.is_null(batch["reason"]).to_numpy())
-        for name in ("row", "question_key", "id_key", "group_key", "split_index"):
-            parts[name].append(batch[name].to_numpy())
-        for reason in batch["reason"].drop_null().to_pylist():
-            kind = reason.split(":", 1)[0]
-            reasons[kind] += 1
-            examples.setdefault(kind, reason)
-    if not sum(map(len, parts["row"])):
+def _collect_keys(blocks: Blocks, num_rows: int, config: PoolConfig) -> _Keys:
+    if not num_rows:
         raise PoolError(f"the pool {config.path!r} has no rows", hint="give files with at least one question")
-    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-    return _Keys(
-        sources=list(sources),
-        source=joined["source"],
-        row=joined["row"],
-        usable=joined["reason"],
-        question=joined["question_key"],
-        id=joined["id_key"],
-        group=joined["group_key"],
-        split=joined["split_index"],
-        reasons=reasons,
-        examples=examples,
+    keys = _Keys(
+        question=np.empty(num_rows, np.uint64),
+        id=np.empty(num_rows, np.uint64),
+        group=np.empty(0, np.uint64),
+        split=np.empty(num_rows, np.int8),
+        usable=np.empty(num_rows, np.bool_),
+        reasons=Counter(),
+        examples={},
     )
+    start = 0
+    for part in blocks.each_keys():
+        rows = slice(start, start + len(part.question))
+        keys.question[rows], keys.id[rows] = part.question, part.id
+        keys.split[rows], keys.usable[rows] = part.split, part.usable
+        if part.group is not None and not len(keys.group):
+            keys.group = keys.question.copy()
+        if len(keys.group):
+            keys.group[rows] = part.question if part.group is None else part.group
+        keys.reasons.update(part.reasons)
+        keys.examples = part.examples | keys.examples
+        start = rows.stop
+    keys.group = keys.group if len(keys.group) else keys.question
+    return keys
+
+
+def _keep(keys: _Keys, is_kept: NDArray[np.bool_]) -> None:
+    """Leave the rows that are kept, one array after the other."""
+    if is_kept.all():
+        return
+    alone = keys.group is keys.question
+    keys.question = keys.question[is_kept]
+    keys.group = keys.question if alone else keys.group[is_kept]
+    keys.split = keys.split[is_kept]
 
 
 def _refuse_unreadable(keys: _Keys) -> None:
@@ -232,103 +233,51 @@ def _refuse_unreadable(keys: _Keys) -> None:
         raise PoolError(f"a file of the pool cannot be read to its end: {detail}", hint="repair or remove it")
 
 
-def _refuse_unused_group(keys: _Keys, kept: NDArray[np.int64], config: PoolConfig) -> None:
+def _refuse_unused_group(keys: _Keys, config: PoolConfig) -> None:
     # A misspelt group would silently let one subject into eval and candidates. Only JSONL comes so far unchecked.
     named = config.columns and (config.columns.group or config.columns.fact)
-    if named and (keys.group[kept] == keys.question[kept]).all():
+    if named and (keys.group == keys.question).all():
         raise PoolError(f"no row of the pool {config.path!r} has a value in {named!r}", hint="check pool.columns")
 
 
-def _counts(keys: _Keys, by_question: NDArray[np.int64], by_id: NDArray[np.int64]) -> dict[str, int]:
-    keys.reasons["duplicate"] = int((by_question >= 0).sum())
-    keys.reasons["duplicate_id"] = int((by_id >= 0).sum())
+def _counts(keys: _Keys, by_question: Repeats, by_id: Repeats) -> dict[str, int]:
+    keys.reasons["duplicate"] = len(by_question.rows)
+    keys.reasons["duplicate_id"] = len(by_id.rows)
     quarantined = {f"quarantined_{kind}": number for kind, number in sorted(keys.reasons.items()) if number}
-    return {"rows": len(keys.row), "usable": 0, "quarantined": sum(quarantined.values()), **quarantined}
+    return {"rows": len(keys.usable), "usable": 0, "quarantined": sum(quarantined.values()), **quarantined}
 
 
 def _no_usable_row(keys: _Keys, path: str, written: str) -> PoolError:
     kind, number = keys.reasons.most_common(1)[0]
     return PoolError(
-        f"the pool {path!r} has no usable row: {number} of {len(keys.row)} are {keys.examples[kind]}",
+        f"the pool {path!r} has no usable row: {number} of {len(keys.usable)} are {keys.examples[kind]}",
         hint=f"see all quarantined rows with their reasons in {written}; columns are set by pool.columns",
     )
 
 
-# ---------------------------------------------------------------------------------------------------- handing out
+# ---------------------------------------------------------------------------------------------------- quarantine
 
 
 def _write_quarantine(
-    dataset: ray.data.Dataset,
+    blocks: Blocks,
     keys: _Keys,
-    by_question: NDArray[np.int64],
-    by_id: NDArray[np.int64],
-    write: Callable[[pa.Table], object],
-    shard_rows: int,
+    by_question: Repeats,
+    by_id: Repeats,
+    write: Callable[[Iterator[pa.Table]], str],
 ) -> str:
-    bad = ~keys.usable | (by_question >= 0) | (by_id >= 0)
-    if not bad.any():
-        return ""
-
-    def place(index: int) -> str:
-        return f"row {keys.row[index]} of {keys.sources[keys.source[index]]}"
-
-    tables = _quarantined(dataset, bad, by_question, by_id, place)
-    names = [str(write(table)) for table in _rechunk(tables, shard_rows)]
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    bad = np.sort(np.concatenate([np.flatnonzero(~keys.usable), by_question.rows, by_id.rows]))
+    return write(_quarantined(blocks, bad, by_question, by_id)) if len(bad) else ""
 
 
-def _quarantined(
-    dataset: ray.data.Dataset,
-    bad: NDArray[np.bool_],
-    by_question: NDArray[np.int64],
-    by_id: NDArray[np.int64],
-    place: Callable[[int], str],
-) -> Iterator[pa.Table]:
-    for start, batch in _blocks(dataset):
-        rows = np.flatnonzero(bad[start : start + len(batch)])
-        if not len(rows):
-            continue
-        chosen = batch.take(pa.array(rows))
+def _quarantined(blocks: Blocks, bad: NDArray[np.int64], by_question: Repeats, by_id: Repeats) -> Iterator[pa.Table]:
+    place = blocks.places(np.concatenate([by_question.kept, by_id.kept]))
+    for rows, chosen in blocks.take(bad):
+        same_question, same_id = by_question.among(rows), by_id.among(rows)
         reasons = []
-        for index, reason in zip((rows + start).tolist(), chosen["reason"].to_pylist(), strict=True):
-            if by_question[index] >= 0:
-                reason = f"duplicate: same question as {place(by_question[index])}"
-            elif by_id[index] >= 0:
-                reason = f"duplicate_id: same id as {place(by_id[index])}, another question"
+        for index, reason in zip(rows.tolist(), chosen["reason"].to_pylist(), strict=True):
+            if index in same_question:
+                reason = f"duplicate: same question as {place[same_question[index]]}"
+            elif index in same_id:
+                reason = f"duplicate_id: same id as {place[same_id[index]]}, another question"
             reasons.append(reason)
         yield pool.quarantine_table(chosen, reasons)
-
-
-def _shards(
-    dataset: ray.data.Dataset, splits: NDArray[np.int8], shard_rows: int
-) -> Iterator[tuple[pa.Table, pa.Table]]:
-    def kept() -> Iterator[pa.Table]:
-        for start, batch in _blocks(dataset):
-            block = splits[start : start + len(batch)]
-            rows = np.flatnonzero(block >= 0)
-            yield batch.take(pa.array(rows)).append_column("assigned", pa.array(block[rows]))
-
-    for table in _rechunk(kept(), shard_rows):
-        yield pool.questions_table(table, table["assigned"].to_numpy()), pool.references_table(table)
-
-
-def _blocks(dataset: ray.data.Dataset) -> Iterator[tuple[int, pa.Table]]:
-    """Blocks of the materialised dataset with the index of their first row, in source order."""
-    start = 0
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield start, batch
-        start += len(batch)
-
-
-def _rechunk(tables: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
-    waiting: list[pa.Table] = []
-    for table in tables:
-        waiting.append(table)
-        if sum(map(len, waiting)) >= num_rows:
-            joined = pa.concat_tables(waiting)
-            full = len(joined) - len(joined) % num_rows
-            yield from (joined.slice(start, num_rows) for start in range(0, full, num_rows))
-            waiting = [joined.slice(full)]
-    rest = pa.concat_tables(waiting) if waiting else QUARANTINE.empty_table()
-    if len(rest):
-        yield rest.combine_chunks()

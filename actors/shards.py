@@ -6,8 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,7 +19,14 @@ import ray.data
 from ray.exceptions import RayTaskError
 
 from actors.host import Stats, redirect_output
-from ka2l.errors import KA2LError, ResourcesBusyError
+from actors.leases import alive_nodes
+from actors.placement import Placement
+from ka2l.errors import KA2LError, StageStalledError
+
+#: Seconds between two looks at the cluster's nodes.
+_LOOK_S = 5.0
+#: Seconds without any shard, after which somebody is told, and then again.
+_TELL_S = 300.0
 
 
 class ShardJob(Protocol):
@@ -57,28 +67,114 @@ class _Worker:
 
 
 def map_shards(
-    job: ShardJob, names: Sequence[str], *, replicas: int, cpus: float, gpus: float, log_path: str | None
+    job: ShardJob,
+    names: Sequence[str],
+    *,
+    placement: Placement,
+    cpus: float,
+    gpus: float,
+    log_path: str | None,
+    stall_s: float = math.inf,
+    on_wait: Callable[[float], None] | None = None,
 ) -> Generator[ShardDone]:
-    """Run ``job`` over shards, yielding each as it is written.
+    """Run ``job`` over shards, yielding each as it is written. A worker that dies is replaced, and makes its shard.
+
+    Args:
+        placement: where the workers go, and how many there are.
+        cpus: of a worker.
+        gpus: of a worker.
+        log_path: file for what workers print.
+        stall_s: seconds without any shard after which the workers are given up.
+        on_wait: called, in another thread, with the seconds that have passed without any shard, now and then.
 
     Raises:
         KA2LError: as a worker raised it.
+        StageStalledError: no shard was made in ``stall_s`` seconds, or a node is gone; what was yielded is written.
     """
-    with quiet_data_context():
+    with quiet_data_context() as context:
+        watch = _Watch(stall_s, on_wait)
+        context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, watch.callback_class()]
+        # Placement groups go to Ray Data's actors by an argument that is to be named otherwise after Ray 2.63.
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
         dataset = ray.data.from_items([{"shard": name} for name in names], override_num_blocks=len(names)).map_batches(
             _Worker,
             fn_constructor_kwargs={"job": job, "log_path": log_path},
             batch_size=1,
             # One shard at a time: no shard waits behind a busy worker while another is idle.
-            compute=ray.data.ActorPoolStrategy(size=min(replicas, len(names)), max_tasks_in_flight_per_actor=1),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(placement.num_workers, len(names)), max_tasks_in_flight_per_actor=1
+            ),
             num_cpus=cpus,
             num_gpus=gpus or None,
+            **placement.options(),
         )
         try:
             for row in dataset.iter_rows():
+                watch.got_on()
                 yield ShardDone(row["shard"], int(row["num_rows"]), json.loads(row["stats"]))
         except Exception as error:
             raise original_error(error) from error
+
+
+#: Those of pipelines that run, by their ids.
+_WATCHES: weakref.WeakValueDictionary[int, _Watch] = weakref.WeakValueDictionary()
+
+
+def _look(key: int) -> None:
+    if (watch := _WATCHES.get(key)) is not None:
+        watch.look()
+
+
+class _Watch:
+    """Ends a pipeline that would wait for ever: for a worker that is stuck, or for one that finds no node any more."""
+
+    def __init__(self, stall_s: float, on_wait: Callable[[float], None] | None) -> None:
+        self._stall_s = stall_s
+        self._on_wait = on_wait
+        self._told = 0
+        self._nodes = set(alive_nodes())
+        self._last = self._looked = time.monotonic()
+
+    def got_on(self) -> None:
+        self._last = time.monotonic()
+        self._told = 0
+
+    def look(self) -> None:
+        """Raise StageStalledError where there is nothing to wait for."""
+        now = time.monotonic()
+        if now - self._last > self._stall_s:
+            raise StageStalledError(f"its workers have made nothing for {now - self._last:,.0f} s")
+        if self._on_wait is not None and now - self._last > (self._told + 1) * _TELL_S:
+            self._told += 1
+            self._on_wait(now - self._last)
+        if now - self._looked > _LOOK_S:
+            self._looked = now
+            if gone := self._nodes - set(alive_nodes()):
+                raise StageStalledError(f"{len(gone)} node(s) of the cluster are gone")
+
+    def callback_class(self) -> type:
+        """What Ray Data makes an instance of and calls at each step of its loop; errors it raises reach the caller."""
+        key = id(self)
+        _WATCHES[key] = self
+
+        class Callback:
+            def before_execution_starts(self, executor: Any) -> None: ...
+
+            def on_execution_step(self, executor: Any) -> None:
+                # Ray sends this class to its workers with everything that it holds: so it holds a number.
+                _look(key)
+
+            def after_execution_succeeds(self, executor: Any) -> None: ...
+
+            def after_execution_fails(self, executor: Any, error: Exception) -> None: ...
+
+        return Callback
+
+
+def is_workers_loss(error: BaseException) -> bool:
+    """Whether an error of `map_shards` is about workers or nodes, and not about the work."""
+    lost = isinstance(error, ray.exceptions.RayError) and not isinstance(error, RayTaskError)
+    return lost or isinstance(error, StageStalledError)
 
 
 _CHATTY = {
@@ -90,7 +186,7 @@ _CHATTY = {
 
 
 @contextlib.contextmanager
-def quiet_data_context() -> Iterator[None]:
+def quiet_data_context() -> Iterator[ray.data.DataContext]:
     """Ray Data without bars and announcements, with rows in order."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -103,7 +199,7 @@ def quiet_data_context() -> Iterator[None]:
         logging.getLogger(name).setLevel(level)
     try:
         with ray.data.DataContext.current(context):
-            yield
+            yield context
     finally:
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
@@ -123,31 +219,3 @@ def original_error(error: BaseException) -> BaseException:
             return current
         queue += [getattr(current, "cause", None), current.__cause__, current.__context__]
     return error
-
-
-def wait_until_free(cpus: float, gpus: float, timeout_s: float) -> None:
-    """Wait until the stage before has given back what the next one needs.
-
-    Raises:
-        ResourcesBusyError: still busy after ``timeout_s`` seconds.
-    """
-    wanted = {"CPU": cpus, "GPU": gpus}
-    total = ray.cluster_resources()
-    for name, amount in wanted.items():
-        if amount > total.get(name, 0.0) + 1e-6:
-            raise ResourcesBusyError(
-                f"a worker wants {amount:g} {name}, the cluster has {total.get(name, 0.0):g}",
-                hint="Lower cpus_per_* or gpus_per_* in the config, or add nodes.",
-            )
-    deadline = time.monotonic() + timeout_s
-    while True:
-        free = ray.available_resources()
-        busy = {name: amount for name, amount in wanted.items() if free.get(name, 0.0) + 1e-6 < amount}
-        if not busy:
-            return
-        if time.monotonic() > deadline:
-            raise ResourcesBusyError(
-                f"waited {timeout_s:g} s for {busy}, the cluster has free {free}",
-                hint="Another job holds the resources, or an engine did not end: see `ray status`.",
-            )
-        time.sleep(0.2)

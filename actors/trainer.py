@@ -5,6 +5,7 @@ All paths must be readable from every node the workers run on.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -19,7 +20,10 @@ from typing import Any, NamedTuple, cast
 
 import ray
 
+from actors.faults import FaultsConfig, deadline
 from actors.host import redirect_output, set_num_threads
+from actors.metrics import Tags, show_gpu_memory
+from actors.placement import Placement
 from actors.shards import original_error
 from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
@@ -56,6 +60,8 @@ def run_training(
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     *,
     chat: bool,
+    faults: FaultsConfig = FaultsConfig(),  # noqa: B008 - frozen
+    tags: Tags | None = None,
 ) -> dict[str, Any]:
     """Train an adapter on ``config.workers`` Ray Train workers; blocks until it is written to ``output_dir``.
 
@@ -65,6 +71,8 @@ def run_training(
         log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
         on_progress: called in a thread of this process with what `tune` reports.
         chat: as for `tune`.
+        faults: when a worker is taken for dead, and how often training is begun again.
+        tags: of the worker's metrics.
 
     Returns:
         The metrics of `ka2l.tuning.TuneResult`.
@@ -84,7 +92,7 @@ def run_training(
         "trust_remote_code": trust_remote_code,
         "chat": chat,
     }
-    workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker)
+    workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
     return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress)
 
 
@@ -96,7 +104,7 @@ def _tune(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -
 
 
 class Workers(NamedTuple):
-    """The Ray Train workers of one training."""
+    """The workers of one training, or of one task."""
 
     section: str
     """Of the config, for messages."""
@@ -104,6 +112,11 @@ class Workers(NamedTuple):
     cpus: float
     """Of each."""
     gpus: float
+    faults: FaultsConfig = FaultsConfig()
+    placement: Placement = Placement(1)
+    """Of a task; Ray Train places its workers itself."""
+    tags: Tags | None = None
+    """Of their metrics."""
 
 
 #: Training in a worker: (arguments, report) -> metrics; rank 0's are handed back.
@@ -131,43 +144,59 @@ def run_loop(
         ResourcesBusyError: the cluster has no room for the workers.
         StageFailedError: anything else; carries the last lines of the log.
     """
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-
     scratch = Path(scratch_dir).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     progress_path = scratch / "progress.jsonl"
     progress_path.unlink(missing_ok=True)
     log = Path(log_path).absolute() if log_path else scratch / "workers.log"
+    loop_config = {
+        "loop": loop,
+        "arguments": arguments,
+        "cpus": workers.cpus,
+        "log_path": str(log),
+        "progress_path": str(progress_path),
+        "deadline_s": workers.faults.deadline_s,
+        "tags": workers.tags,
+    }
+    with _Follower(progress_path, on_progress):
+        for attempts_left in reversed(range(workers.faults.retries + 1)):
+            trainer = _trainer(loop_config, workers, scratch / f"ray_train-{attempts_left}")
+            try:
+                return _fit(trainer, workers, log).return_value
+            except WorkerLostError:
+                if not attempts_left:
+                    raise
+    raise AssertionError("unreachable")
+
+
+def _trainer(loop_config: dict[str, Any], workers: Workers, storage: Path) -> Any:
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
     resources = {"CPU": workers.cpus}
     if workers.gpus > 0:
         resources["GPU"] = workers.gpus
     run_config: Any = RunConfig(
         name="train",
-        storage_path=str(scratch / "ray_train"),
+        storage_path=str(storage),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_ATTEMPTS - 1),
         logging_config=LoggingConfig(log_level="CRITICAL"),  # every failure reaches the caller as an exception
     )
-    trainer = TorchTrainer(
+    return TorchTrainer(
         cast("Callable[[dict[str, Any]], None]", _train_loop),  # annotated for Train V1, which returns nothing
-        train_loop_config={
-            "loop": loop,
-            "arguments": arguments,
-            "cpus": workers.cpus,
-            "log_path": str(log),
-            "progress_path": str(progress_path),
-        },
+        train_loop_config=loop_config,
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=workers.gpus > 0, resources_per_worker=resources
         ),
         run_config=run_config,
     )
-    with _Follower(progress_path, on_progress):
-        result = _fit(trainer, workers, log)
-    return result.return_value
 
 
-def run_canary(arguments: dict[str, Any], *, cpus: float, gpus: float, log_path: str | None) -> dict[str, Any]:
+class WorkerLostError(StageFailedError):
+    """A worker of a training died: killed, out of memory, or longer without progress than the deadline."""
+
+
+def run_canary(arguments: dict[str, Any], workers: Workers, log_path: str | None) -> dict[str, Any]:
     """`ka2l.canary.canary` in a process of its own.
 
     Raises:
@@ -175,7 +204,7 @@ def run_canary(arguments: dict[str, Any], *, cpus: float, gpus: float, log_path:
         StageFailedError: the process died.
     """
     work = functools.partial(_canary, arguments)
-    result: dict[str, Any] = run_remote(work, "the canary", cpus, gpus, log_path)
+    result: dict[str, Any] = run_remote(work, "the canary", workers, log_path)
     return result
 
 
@@ -185,8 +214,8 @@ def _canary(arguments: dict[str, Any]) -> dict[str, Any]:
     return canary(**arguments)
 
 
-def run_remote(work: Callable[[], Any], what: str, cpus: float, gpus: float, log_path: str | None) -> Any:
-    """What ``work`` returns, in a process of its own.
+def run_remote(work: Callable[[], Any], what: str, workers: Workers, log_path: str | None) -> Any:
+    """What ``work`` returns, in a process of its own; where that dies it is begun again.
 
     Args:
         work: a function of a module or a partial of one, which the worker imports.
@@ -197,7 +226,13 @@ def run_remote(work: Callable[[], Any], what: str, cpus: float, gpus: float, log
         StageFailedError: the process died.
     """
     try:
-        return ray.get(_remote.options(num_cpus=cpus, num_gpus=gpus).remote(log_path, work))
+        task = _remote.options(
+            num_cpus=workers.cpus,
+            num_gpus=workers.gpus,
+            max_retries=workers.faults.retries,
+            **workers.placement.options(),
+        )
+        return ray.get(task.remote(log_path, workers.faults.deadline_s, work))
     except ray.exceptions.RayError as error:
         found = original_error(error)
         if isinstance(found, KA2LError):
@@ -206,9 +241,10 @@ def run_remote(work: Callable[[], Any], what: str, cpus: float, gpus: float, log
 
 
 @ray.remote
-def _remote(log_path: str | None, work: Callable[[], Any]) -> Any:
+def _remote(log_path: str | None, deadline_s: float, work: Callable[[], Any]) -> Any:
     redirect_output(log_path)
-    return work()
+    with deadline(deadline_s):
+        return work()
 
 
 def _fit(trainer: Any, workers: Workers, log: Path) -> Any:
@@ -231,13 +267,20 @@ def _fit(trainer: Any, workers: Workers, log: Path) -> Any:
                 f"{workers.gpus:g} GPU: {_first_line(error.controller_failure)}",
                 hint=f"Lower cpus_per_worker or gpus_per_worker of {workers.section}, or its workers.",
             ) from error
-        reason = next((f"{type(cause).__name__}: {_first_line(cause)}" for cause in _causes(error)), str(error))
-        name = workers.section.capitalize()
-        raise StageFailedError(f"{name} failed: {reason}\nLast lines of {log}:\n{_tail(log)}") from error
+        causes = _causes(error)
+        reason = next((f"{type(cause).__name__}: {_first_line(cause)}" for cause in causes), str(error))
+        lost = any(isinstance(cause, ray.exceptions.RayError) for cause in causes)
+        raise (WorkerLostError if lost else StageFailedError)(
+            f"{workers.section.capitalize()} failed: {reason}\nLast lines of {log}:\n{_tail(log)}"
+        ) from error
     finally:
         # Ray Train installs a handler for Ctrl-C and leaves it there.
         if in_main_thread:
             signal.signal(signal.SIGINT, interrupt_handler)
+
+
+#: Where Ray Train and Ray core keep what they wrap: what user code raised, or how a worker died.
+_WRAPPED_AS = ("_base_exc", "cause", "health_check_failure")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -245,8 +288,7 @@ def _causes(error: BaseException) -> list[BaseException]:
     failures = getattr(error, "worker_failures", None)
     causes = []
     for failure in [failures[rank] for rank in sorted(failures)] if failures else []:
-        # Ray Train and Ray core each wrap what user code raised, under these names.
-        while isinstance(inner := getattr(failure, "_base_exc", getattr(failure, "cause", None)), BaseException):
+        while inner := next((found for name in _WRAPPED_AS if (found := getattr(failure, name, None))), None):
             failure = inner
         causes.append(failure)
     return causes
@@ -260,10 +302,16 @@ def _train_loop(loop_config: dict[str, Any]) -> dict[str, Any]:
     def report(progress: dict[str, Any]) -> None:
         with open(loop_config["progress_path"], "a", encoding="utf-8") as file:
             file.write(json.dumps(progress) + "\n")
+        show_gpu_memory(loop_config["tags"])
+        ended.close()
+        ended.enter_context(deadline(loop_config["deadline_s"]))
 
     loop: Loop = loop_config["loop"]
+    ended = contextlib.ExitStack()
     try:
-        return loop(dict(loop_config["arguments"]), report)
+        with ended:
+            ended.enter_context(deadline(loop_config["deadline_s"]))
+            return loop(dict(loop_config["arguments"]), report)
     except Exception:
         # Into the log: Ray hands on the exception alone. Not by print, which Ray Train patches.
         sys.stderr.write(traceback.format_exc())

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from machine import write_result
 
 from actors.leases import Capacity, LeaseQueue, Request
+from engine.work import EXTRACT_S, OBSERVE_S, REHEARSE_S, TUNE_S, RunSize, work_left
 from ka2l.sizing import ModelNeeds, engine_shape
 
 GIB = 2**30
@@ -40,9 +41,8 @@ MODELS = {
 DATA = {"small": 5_000, "medium": 20_000, "large": 80_000}
 SEEDS = (0, 1, 2)
 ROUNDS = 3
-#: What is assumed of an H100, for a model of 7 billion parameters: GPU-seconds a question, and an engine's start.
+#: Seconds of an engine's start, assumed. What work takes is assumed in `engine.work`.
 START_S = 60.0
-OBSERVE_S, EXTRACT_S, TUNE_S, REHEARSE_S = 0.20, 0.006, 0.9, 0.15
 ANNOTATE_S = 120.0
 NUM_SEED, BUDGET_SHARE = 1_500, 0.05
 MAX_ENGINES = 8
@@ -57,6 +57,7 @@ class Stage(NamedTuple):
     """Engine-seconds, shared by as many engines as there are."""
     start_s: float
     max_engines: int
+    round_index: int
 
     def seconds(self, engines: int) -> float:
         return self.start_s + self.work_s / engines
@@ -71,14 +72,14 @@ def stages(model: str, num_questions: int) -> Iterator[Stage]:
     slow = billions / 7 / min(1.0, gpus)
     budget = BUDGET_SHARE * num_questions
     for index in range(ROUNDS + 1):
-        asked = NUM_SEED + (REHEARSE_S / OBSERVE_S * num_questions if index == 0 else 0)
-        yield Stage(gpus, OBSERVE_S * asked * slow, START_S, MAX_ENGINES)
+        asked = OBSERVE_S * NUM_SEED + (REHEARSE_S * num_questions if index == 0 else 0)
+        yield Stage(gpus, asked * slow, START_S, MAX_ENGINES, index)
         if index == ROUNDS:
             return
-        yield Stage(gpus, EXTRACT_S * num_questions * slow, START_S / 2, MAX_ENGINES)
-        yield Stage(0, ANNOTATE_S, 0, 1)
+        yield Stage(gpus, EXTRACT_S * num_questions * slow, START_S / 2, MAX_ENGINES, index)
+        yield Stage(0, ANNOTATE_S, 0, 1, index)
         # Training holds whole GPUs: weights, gradients of the adapter and activations. As many rows are rehearsed.
-        yield Stage(1.0, TUNE_S * 2 * budget * (index + 1) * billions / 7, START_S, MAX_ENGINES)
+        yield Stage(1.0, TUNE_S * 2 * budget * (index + 1) * billions / 7, START_S, MAX_ENGINES, index)
 
 
 def sliced(stage: Stage, slice_s: float) -> list[Stage]:
@@ -97,20 +98,21 @@ def simulate(cells: dict[str, list[Stage]], num_gpus: int) -> dict[str, float]:
     busy = 0.0
 
     def left(cell: str) -> float:
-        """GPU-seconds of what the cell has not done."""
-        return sum(stage.seconds(1) * stage.gpus for stage in cells[cell][at[cell] :])
+        """What the run itself says that it has left."""
+        model, data, _ = cell.split("|")
+        questions = DATA[data]
+        size = RunSize(MODELS[model][0], questions, NUM_SEED, questions, round(BUDGET_SHARE * questions), ROUNDS)
+        return work_left(size, cells[cell][at[cell]].round_index)
 
     def ask(cell: str) -> None:
         if at[cell] == len(cells[cell]):
+            queue.forget(cell)
             return
         stage = cells[cell][at[cell]]
         if not stage.gpus:
             heapq.heappush(ends, (clock[0] + stage.seconds(1), cell))
             return
-        # So many engines that all cells would end together.
-        fair = math.ceil(num_gpus * left(cell) / sum(map(left, cells)) / stage.gpus)
-        engines = min(stage.max_engines, max(1, fair))
-        queue.ask(Request(cell, Capacity(0, stage.gpus), engines, 1, priority=left(cell)))
+        queue.ask(Request(cell, Capacity(0, stage.gpus), stage.max_engines, 1, left=left(cell)))
 
     for cell in cells:
         ask(cell)
@@ -141,7 +143,7 @@ def main() -> None:
     parser.add_argument("--slice", type=float, default=3600.0, help="engine-seconds after which a stage asks again")
     parser.add_argument("--out", help="result file; benchmarks/results/schedule.json where not given")
     arguments = parser.parse_args()
-    whole = {f"{m}/{d}/{seed}": list(stages(m, size)) for m in MODELS for d, size in DATA.items() for seed in SEEDS}
+    whole = {f"{m}|{d}|{seed}": list(stages(m, size)) for m in MODELS for d, size in DATA.items() for seed in SEEDS}
     cells = {
         cell: [part for stage in chain for part in sliced(stage, arguments.slice)] for cell, chain in whole.items()
     }

@@ -64,13 +64,13 @@ def run_engine(spec: dict[str, Any], started: float) -> dict[str, Any]:
     from engine import stages
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
-    from engine.cli import _ray
+    from engine.cluster import RaySession
     from engine.events import Events
 
     config = load_settings(spec)
     target = RunDirectory(spec["run_dir"])
     campaign = Campaign(config, target, Events(target, Console(stderr=True)), config.model, config.pool.path)
-    with _ray(config, f"{target.logs()}/driver.log"):
+    with RaySession(config.ray, f"{target.logs()}/driver.log"):
         stages.pool(campaign)
         stages.observe(campaign, 0)
         observed_after = time.time() - started

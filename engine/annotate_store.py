@@ -11,7 +11,7 @@ import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
-from engine.artifacts import clear_storage_errors, sync_folder
+from engine.storage import clear_storage_errors, sync_folder
 from ka2l.annotation_human import HumanAnswer
 
 

@@ -8,7 +8,6 @@ without a manifest is unfinished work: its whole shards are kept and only the mi
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -19,10 +18,10 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,13 +29,24 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from pydantic import BaseModel, ValidationError
 
-from ka2l.errors import DamagedShardError, RunDirectoryError, RunInUseError, StaleStageError, StorageFullError
+from engine.storage import clear_storage_errors, filesystem, persistently, read_bytes, write_bytes
+from ka2l.errors import DamagedShardError, RunDirectoryError, RunInUseError, StaleStageError
 from ka2l.metrics import json_safe
 from ka2l.records import SCHEMA_VERSION
 
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
+ATTEMPTS = "attempts"
 _STATS_KEY = b"ka2l_stats"
+_PIECE_BYTES = 8 * 2**20
+_FAILURES_KEY = b"ka2l_failures"
+
+
+class Failure(NamedTuple):
+    """A question that a stage could not work on."""
+
+    question_id: str
+    reason: str
 
 
 class FileEntry(BaseModel):
@@ -80,55 +90,18 @@ def fingerprint(**parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def filesystem(url: str) -> tuple[pafs.FileSystem, str]:
-    """The file system of a local path or a URL (s3://, gs://, any fsspec scheme), and the path inside it."""
-    if "://" not in url:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(url))
-    try:
-        return pafs.FileSystem.from_uri(url)
-    except (ValueError, pa.ArrowInvalid):
-        import fsspec
+def write_shard(
+    folder_url: str, name: str, table: pa.Table, stats: Mapping[str, float], failures: Sequence[Failure] = ()
+) -> FileEntry:
+    """Write one shard atomically; called in workers.
 
-        handler, path = fsspec.core.url_to_fs(url)
-        return pafs.PyFileSystem(pafs.FSSpecHandler(handler)), path
-
-
-@contextlib.contextmanager
-def clear_storage_errors(path: str) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" into errors that say what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            raise StorageFullError(
-                f"no space left while writing {path}",
-                hint="Free space or move the run directory, then `ka2l resume` it; what is committed is safe.",
-            ) from error
-        if isinstance(error, PermissionError):
-            raise RunDirectoryError(f"not allowed to write {path}", hint="Choose another --run-dir.") from error
-        raise
-
-
-def write_bytes(filesystem_: pafs.FileSystem, path: str, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    folder, name = path.rsplit("/", 1)
-    temporary = f"{folder}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
-    with clear_storage_errors(path):
-        try:
-            filesystem_.create_dir(folder, recursive=True)
-            with filesystem_.open_output_stream(temporary) as stream:
-                stream.write(content)
-            filesystem_.move(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                filesystem_.delete_file(temporary)
-            raise
-
-
-def write_shard(folder_url: str, name: str, table: pa.Table, stats: Mapping[str, float]) -> FileEntry:
-    """Write one shard atomically; called in workers. ``stats`` travel in the Parquet footer, so resume keeps them."""
+    ``stats``, and the questions that could not be worked on, travel in the Parquet footer, so that resume keeps them.
+    """
     filesystem_, folder = filesystem(folder_url)
-    table = table.replace_schema_metadata({_STATS_KEY: json.dumps(dict(stats)).encode()})
+    footer = {_STATS_KEY: json.dumps(dict(stats)).encode()}
+    if failures:
+        footer[_FAILURES_KEY] = json.dumps([failure._asdict() for failure in failures]).encode()
+    table = table.replace_schema_metadata(footer)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     content = buffer.getvalue()
@@ -142,22 +115,13 @@ def write_shard(folder_url: str, name: str, table: pa.Table, stats: Mapping[str,
     )
 
 
-def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Make the name of a new file in a local folder durable; nothing where the system has no such thing."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def read_shard(
     folder_url: str, name: str, columns: list[str] | None = None, where: pc.Expression | None = None
 ) -> pa.Table:
     """Read one shard; called in workers, for shards that the driver has verified."""
     filesystem_, folder = filesystem(folder_url)
-    table = pq.read_table(f"{folder}/{name}", filesystem=filesystem_, columns=columns, filters=where)
+    path = f"{folder}/{name}"
+    table = persistently(lambda: pq.read_table(path, filesystem=filesystem_, columns=columns, filters=where), path)
     return table.replace_schema_metadata(None)
 
 
@@ -228,12 +192,12 @@ class Stage:
         for entry in manifest.files:
             if entry.path in self._verified:
                 continue
-            content = self.run.read_bytes(f"{self.path}/{entry.path}")
-            if content is None:
+            found = self.run.checksum(f"{self.path}/{entry.path}")
+            if found is None:
                 problem = "is missing"
-            elif len(content) != entry.num_bytes:
-                problem = f"has {len(content)} bytes, its manifest says {entry.num_bytes}"
-            elif hashlib.sha256(content).hexdigest() != entry.sha256:
+            elif found[0] != entry.num_bytes:
+                problem = f"has {found[0]} bytes, its manifest says {entry.num_bytes}"
+            elif found[1] != entry.sha256:
                 problem = "does not have the checksum in its manifest"
             else:
                 self._verified.add(entry.path)
@@ -311,12 +275,41 @@ class Stage:
                 with contextlib.suppress(FileNotFoundError):  # of `note_spent`, which has just been renamed
                     self.run.fs.delete_file(info.path)
             elif info.base_name.startswith("part-"):
-                try:
-                    pq.read_metadata(info.path, filesystem=self.run.fs)
+                if self._is_whole(info.path):
                     finished.add(info.base_name)
-                except (pa.ArrowInvalid, OSError):
+                else:
                     self.run.fs.delete_file(info.path)
         return finished
+
+    def _is_whole(self, path: str) -> bool:
+        try:
+            pq.read_metadata(path, filesystem=self.run.fs)
+            return True
+        except pa.ArrowInvalid:
+            return False
+        except OSError:
+            # Of the file, or of the storage? Its bytes tell, once they could be read.
+            content = self.run.read_bytes(path) or b""
+            with contextlib.suppress(pa.ArrowInvalid, OSError):
+                pq.read_metadata(pa.BufferReader(content))
+                return True
+            return False
+
+    def failures(self) -> list[Failure]:
+        """Questions that the stage could not work on, of all its shards so far."""
+        found = []
+        for info in sorted(self.run.list_files(self.path), key=lambda info: info.path):
+            if info.base_name.startswith("part-"):
+                footer = pq.read_metadata(info.path, filesystem=self.run.fs).metadata or {}
+                found += [Failure(**failure) for failure in json.loads(footer.get(_FAILURES_KEY, b"[]"))]
+        return found
+
+    def forget_attempts(self, prefix: str = "") -> None:
+        """Forget what was begun and did not end: nobody died over it."""
+        for info in self.run.list_files(f"{self.path}/{ATTEMPTS}"):
+            if info.base_name.startswith(prefix):
+                with contextlib.suppress(FileNotFoundError):
+                    self.run.fs.delete_file(info.path)
 
     def begun_shards(self) -> dict[str, dict[str, float]]:
         """Whole shards of an unfinished stage with what they took; changes nothing, unlike `finished_shards`."""
@@ -344,24 +337,27 @@ class Stage:
     ) -> Manifest:
         """List every file of the folder in the manifest and write it last. Only the driver calls this."""
         files = []
+        self.forget_attempts()
+        with contextlib.suppress(OSError):
+            self.run.fs.delete_dir(f"{self.path}/{ATTEMPTS}")
         for info in sorted(self.run.list_files(self.path), key=lambda info: info.path):
             if info.base_name in (MANIFEST, PLAN):
                 continue
             if info.base_name.startswith(".tmp-"):
                 self.run.fs.delete_file(info.path)
                 continue
-            content = self.run.read_bytes(info.path)
-            assert content is not None
+            found = self.run.checksum(info.path)
+            assert found is not None
             rows, stats = None, {}
             if info.base_name.endswith(".parquet"):
-                parquet = pq.read_metadata(pa.BufferReader(content))
+                parquet = pq.read_metadata(info.path, filesystem=self.run.fs)
                 rows, stats = parquet.num_rows, _stats(parquet)
             files.append(
                 FileEntry(
                     path=info.path.removeprefix(f"{self.path}/"),
                     num_rows=rows,
-                    num_bytes=len(content),
-                    sha256=hashlib.sha256(content).hexdigest(),
+                    num_bytes=found[0],
+                    sha256=found[1],
                     stats=stats,
                 )
             )
@@ -421,14 +417,26 @@ class RunDirectory:
 
     def read_bytes(self, path: str) -> bytes | None:
         """Content of a file, or None where there is none."""
+        return read_bytes(self.fs, path)
+
+    def checksum(self, path: str) -> tuple[int, str] | None:
+        """Size in bytes and SHA-256 of a file, read piece by piece; None where there is none."""
+        return persistently(lambda: self._checksum(path), path)
+
+    def _checksum(self, path: str) -> tuple[int, str] | None:
         if self.fs.get_file_info(path).type != pafs.FileType.File:
             return None
+        digest, num_bytes = hashlib.sha256(), 0
         with self.fs.open_input_stream(path) as stream:
-            return stream.read()
+            while piece := stream.read(_PIECE_BYTES):
+                digest.update(piece)
+                num_bytes += len(piece)
+        return num_bytes, digest.hexdigest()
 
     def list_files(self, path: str) -> list[pafs.FileInfo]:
         """Files below a folder; empty where the folder is not there."""
-        infos = self.fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
+        infos = persistently(lambda: self.fs.get_file_info(selector), path)
         return [info for info in infos if info.type == pafs.FileType.File]
 
     def read_text(self, name: str) -> str | None:
@@ -449,6 +457,27 @@ class RunDirectory:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         write_bytes(self.fs, f"{self.path}/{name}", buffer.getvalue())
+
+    def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
+        """Write tables of one schema as they come, as one Parquet file at the top of the run directory, whole or not at
+        all. Returns where."""
+        path, temporary = f"{self.path}/{name}", f"{self.path}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
+        with clear_storage_errors(path), contextlib.ExitStack() as ended:
+            self.fs.create_dir(self.path, recursive=True)
+            ended.callback(self._delete_quietly, temporary)
+            with contextlib.ExitStack() as opened:
+                writer = None
+                for table in tables:
+                    if writer is None:
+                        stream = opened.enter_context(self.fs.open_output_stream(temporary))
+                        writer = opened.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
+                    writer.write_table(table)
+            self.fs.move(temporary, path)
+        return f"{self.url}/{name}"
+
+    def _delete_quietly(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            self.fs.delete_file(path)
 
     def logs(self) -> str:
         """Local folder for the chatter of Ray, vLLM and the trainers."""

@@ -72,7 +72,7 @@ def run_cells(
         on_end: called after each cell that has ended.
     """
     name = f"leases-{os.getpid()}"
-    host = start_host(name, config.patience_s)
+    host = start_host(name, config.patience_s, Path(root.path).name)
     queue = _Queue(config, cells, root, events, {"RAY_ADDRESS": address}, name, host)
     try:
         with Live(get_renderable=lambda: state_table(root, cells, queue.states), console=events.console,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from actors.faults import FaultsConfig
 from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
 from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
 from ka2l.errors import ConfigError
@@ -19,8 +20,12 @@ from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost
+    from actors.metrics import Tags
+    from actors.placement import Placement
+    from actors.pool import HostPool
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
+    from actors.shared import EquivalenceHost
     from actors.teacher import TeacherHost
     from engine.artifacts import RunDirectory
     from engine.journal import FileJournal, RemoteJournal
@@ -140,18 +145,27 @@ def judge(config: EquivalenceConfig) -> Equivalence:
     return JudgeEquivalence(SamplerJudge(made, load_tokenizer(model)))
 
 
-def scorer_host(config: EquivalenceConfig) -> ScorerHost:
-    """What the cluster stage runs."""
+def scorer_host(config: EquivalenceConfig, shared: Equivalence | None) -> ScorerHost:
+    """What the cluster stage runs; with ``shared`` it loads no model of its own."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(equivalence(config))
+    return ScorerHost(shared or equivalence(config))
 
 
-def feedback_host(config: EquivalenceConfig, answers: Mapping[str, list[str]]) -> ScorerHost:
+def feedback_host(
+    config: EquivalenceConfig, shared: Equivalence | None, answers: Mapping[str, list[str]]
+) -> ScorerHost:
     """What the feedback stage runs: own answers to candidates grouped by meaning, and graded where annotated."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(equivalence(config), ("rehearsal",), answers)
+    return ScorerHost(shared or equivalence(config), ("rehearsal",), answers)
+
+
+def equivalence_host(config: EquivalenceConfig) -> EquivalenceHost:
+    """What runs share that compare answers with the same model."""
+    from actors.shared import EquivalenceHost
+
+    return EquivalenceHost(equivalence(config))
 
 
 def strategy(config: SelectionConfig) -> Strategy:
@@ -194,13 +208,14 @@ def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annot
 
     assert config.teacher is not None
     engine = config.engine
-    pool = HostPool(
+    pool = context.shared_teacher or HostPool(
         partial(teacher_host, config),
-        replicas=engine.replicas,
+        placement=context.placement,
         cpus=engine.cpus_per_replica,
         gpus=engine.gpus_per_replica,
         log_path=context.log_path,
-        timeout_s=context.release_timeout_s,
+        faults=context.faults,
+        tags=context.tags,
     )
     named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
     journal = open_journal(context.run, "teacher")
@@ -258,8 +273,13 @@ class AnnotationContext(NamedTuple):
     run_seed: int
     log_path: str
     """Where the annotator's workers write their chatter."""
-    release_timeout_s: float
-    """How long they wait for cores and GPUs."""
+    placement: Placement
+    """Of the annotator's workers."""
+    faults: FaultsConfig
+    tags: Tags | None = None
+    """Of their metrics."""
+    shared_teacher: HostPool | None = None
+    """Of a benchmark's cells: a local teacher's workers, which others ask, too."""
 
 
 def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:

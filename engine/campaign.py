@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyarrow.compute as pc
-
-from actors.host import Host, Stats
+from actors.host import Host
 from actors.leases import Capacity, Leases
-from actors.shards import map_shards, wait_until_free
-from engine.artifacts import RunDirectory, Stage, fingerprint, read_shard, write_shard
+from actors.metrics import Tags, count_cost, count_shard
+from actors.placement import Placement, reserved, wait_until_free
+from engine.artifacts import RunDirectory, Stage, fingerprint
 from engine.config import RunConfig
 from engine.events import Events
 from engine.hours import Hours
+from engine.jobs import ShardInput
 from engine.meter import Meter
+from engine.shard_run import ShardRun
+from engine.trackers import Trackers
+from engine.work import RunSize, work_left
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
 from ka2l.models import ModelConfig, model_identity
 from ka2l.records import SCHEMA_VERSION
+from ka2l.sizing import model_needs
 
 #: What a stage's work hands back: metrics for the manifest and cost that is not in its shards.
 Outcome = tuple[Mapping[str, Any], Mapping[str, float]]
@@ -43,11 +46,16 @@ class Campaign:
     """Where workers are to be asked for, when other runs share the cluster."""
     slice_s: float = float("inf")
     """Seconds after which a stage lets others have its workers."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Told of every round and training step."""
     meter: Meter = field(default_factory=Meter, init=False)
     """Counts what the stage at work takes."""
     hours: Hours = field(init=False)
     """What is left of the cap on hours."""
+    round_index: int = field(default=0, init=False)
+    """Of the stage at work."""
     _model_id: str = field(default="", init=False)
+    _billions: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.hours = Hours(self.run, self.config.budget.hours)
@@ -59,25 +67,61 @@ class Campaign:
         return self._model_id
 
     @contextlib.contextmanager
-    def hold(self, num_workers: int, cpus: float, gpus: float, *, least: int | None = None) -> Iterator[int]:
-        """Have workers of ``cpus`` and ``gpus`` each for a block; yields how many, ``least`` or more.
+    def hold(
+        self, num_workers: int, cpus: float, gpus: float, *, least: int | None = None, reserve: bool = True
+    ) -> Iterator[Placement]:
+        """Have room for workers of ``cpus`` and ``gpus`` each for a block; yields how many, ``least`` or more, and
+        where. Without ``reserve`` there is room when the block begins, and it is set aside by whoever starts them.
 
         Raises:
             ResourcesBusyError: the cluster has no room for them, or none comes free in time.
         """
+        worker, timeout_s = Capacity(cpus, gpus), self.config.ray.release_timeout_s
         least = num_workers if least is None else least
         with contextlib.ExitStack() as ended:
             if self.leases is not None:
                 with self.meter.wait():
-                    lease = self.leases.hold(Capacity(cpus, gpus), num_workers, least)
-                    num_workers = ended.enter_context(lease)
-            wait_until_free(least * cpus, least * gpus, self.config.ray.release_timeout_s)
-            ended.enter_context(self.meter.hold(num_workers * cpus, num_workers * gpus))
-            yield num_workers
+                    num_workers = ended.enter_context(self.leases.hold(worker, num_workers, least, self.work_left()))
+            placement = Placement(num_workers)
+            if reserve:
+                placement = ended.enter_context(reserved(worker, num_workers, least, timeout_s))
+            else:
+                wait_until_free(worker, num_workers, timeout_s)
+            ended.enter_context(self.meter.hold(placement.num_workers * cpus, placement.num_workers * gpus))
+            yield placement
+
+    def work_left(self) -> float:
+        """GPU-seconds from this round's beginning to the run's end, as `engine.work` reckons."""
+        config, counts = self.config, self.stage("questions").require().metrics
+        if not self._billions:
+            needs = model_needs(self.model.path, trust_remote_code=self.model.trust_remote_code)
+            self._billions = needs.num_parameters / 1e9
+        num_candidates = int(counts["candidate"])
+        size = RunSize(
+            billions=self._billions,
+            num_questions=int(counts["usable"]),
+            num_sampled=int(counts["usable"]) - num_candidates,
+            num_rehearsed=round(config.tuning.rehearsal * num_candidates),
+            budget=config.selection.budget,
+            rounds=config.rounds,
+        )
+        return work_left(size, self.round_index)
 
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
         return self.run.stage(name, round_index)
+
+    def tags(self, stage: Stage) -> Tags:
+        """What the stage's metrics are tagged with."""
+        folder, cell = Path(self.run.path), ""
+        if self.leases is not None:  # RUN_DIR/cells/CELL
+            folder, cell = folder.parent.parent, self.leases.cell
+        return Tags(folder.name, cell, "" if stage.round_index is None else str(stage.round_index), stage.name)
+
+    def note_shard(self, stage: Stage, name: str, num_rows: int, stats: Mapping[str, float]) -> None:
+        """Say that a shard has been written, and what it took."""
+        self.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=name)
+        count_shard(self.tags(stage), num_rows, stats)
 
     def log_path(self, stage: Stage) -> str:
         """Where the chatter of a stage's workers goes."""
@@ -158,44 +202,6 @@ class Campaign:
         return max(0, min(self.config.selection.budget, left))
 
 
-class ShardInput(NamedTuple):
-    """One table that a job reads, shard by shard."""
-
-    folder_url: str
-    columns: list[str] | None = None
-    eval_only: bool = False
-    """Only rows of eval questions: the answers of all others stay unread."""
-
-
-@dataclass
-class HostJob:
-    """Runs a host over shards: the same shard of every input in, one shard out."""
-
-    make_host: Callable[[], Host]
-    inputs: dict[str, ShardInput]
-    folder_url: str
-    host: Host | None = None
-
-    def open(self) -> None:
-        """Load the host's model."""
-        self.host = self.make_host()
-
-    def run(self, name: str) -> tuple[int, Stats]:
-        """Make one shard."""
-        assert self.host is not None
-        started = time.perf_counter()
-        tables = {key: read_shard(item.folder_url, name, item.columns) for key, item in self.inputs.items()}
-        for key, item in self.inputs.items():
-            if item.eval_only:
-                questions = tables["questions"]
-                ids = questions.filter(pc.equal(questions["split"], "eval"))["question_id"]
-                tables[key] = tables[key].filter(pc.is_in(tables[key]["question_id"], ids.combine_chunks()))
-        table, stats = self.host.process(tables)
-        stats = {"seconds": time.perf_counter() - started} | stats
-        write_shard(self.folder_url, name, table, stats)
-        return tables["questions"].num_rows, stats
-
-
 def commit_stage(
     campaign: Campaign,
     name: str,
@@ -221,12 +227,14 @@ def commit_stage(
         stage.verify()
         return stage
     campaign.hours.check(campaign, name, round_index)
+    campaign.round_index = round_index or 0
     for source in inputs:
         source.verify()
     campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
     try:
         with campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent):
             metrics, cost = work(stage)
+        count_cost(campaign.tags(stage), cost)
         spent = campaign.meter.spent()
         seconds = spent.pop("seconds")
         manifest = stage.commit(
@@ -270,32 +278,13 @@ def run_host(
     gpus: float,
     over: Stage | None = None,
 ) -> None:
-    """Make the missing shards of a stage with ``replicas`` hosts: one for each of ``over``, the pool's questions."""
-    questions = over or campaign.stage("questions")
-    manifest = questions.require()
-    rows = {entry.path: entry.num_rows or 0 for entry in manifest.files}
-    finished = stage.finished_shards()
-    missing = [name for name in questions.shard_names() if name not in finished]
-    with campaign.events.progress(stage.label, sum(rows.values()), "questions") as progress:
-        if finished:
-            progress.advance(sum(rows[name] for name in finished), f"{len(finished)} shards were there")
-        job = HostJob(make_host, inputs, stage.url)
-        log = campaign.log_path(stage)
-        while missing:
-            with (
-                campaign.hold(min(replicas, len(missing)), cpus, gpus, least=1) as workers,
-                contextlib.closing(
-                    map_shards(job, missing, replicas=workers, cpus=cpus, gpus=gpus, log_path=log)
-                ) as shards,
-            ):
-                ends = time.monotonic() + campaign.slice_s
-                for done in shards:
-                    campaign.events.emit("shard_written", stage=stage.name, round=stage.round_index, shard=done.name)
-                    progress.advance(done.num_rows)
-                    missing.remove(done.name)
-                    # What is under way in other workers is lost: a shard each.
-                    if time.monotonic() > ends and campaign.leases is not None and campaign.leases.others_wait():
-                        break
+    """Make the missing shards of a stage with ``replicas`` hosts: one for each of ``over``, the pool's questions.
+
+    Raises:
+        TooManyFailuresError: more questions than the config allows could not be worked on.
+        StageStalledError: workers were lost or stuck, and so were those that took their place.
+    """
+    ShardRun(campaign, stage, make_host, inputs, replicas, Capacity(cpus, gpus), over).run()
 
 
 def _tail(path: str, num_lines: int = 15) -> str:

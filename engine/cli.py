@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -125,6 +126,8 @@ def status(run_dir: RunDirArgument) -> None:
         shown = {key: value for key, value in manifest.metrics.items() if isinstance(value, int | float | str)}
         what = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                          for key, value in shown.items() if key != "example")  # fmt: skip
+        if failed := manifest.cost.get("num_failed"):
+            what += f", {failed:.0f} questions failed"
         table.add_row(str(manifest.round if manifest.round is not None else ""), stage.name,
                       f"{manifest.seconds:.1f}", what)  # fmt: skip
     Console().print(table)
@@ -494,11 +497,13 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     from engine.benchmark import LEASES_VARIABLE, leases_from
     from engine.campaign import Campaign
     from engine.events import Events
+    from engine.trackers import open_trackers
 
     model, pool_path = _resolve_testbed(config)
     events = Events(target, console)
+    trackers = open_trackers(config, target, events)
     events.emit("run_started", pid=os.getpid())
-    campaign = Campaign(config, target, events, model, pool_path)
+    campaign = Campaign(config, target, events, model, pool_path, trackers=trackers)
     try:
         with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             campaign.leases, campaign.slice_s = leases_from(os.environ.get(LEASES_VARIABLE))
@@ -516,6 +521,8 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
         if not isinstance(error, KA2LError) or error.exit_code == 1:
             _note_failure(campaign)
         raise
+    finally:
+        trackers.finish()
     events.emit("run_complete")
     _print_summary(target, Console())
     typer.echo(f"report: {target.url}/report.html")
@@ -534,10 +541,13 @@ def _note_failure(campaign: Campaign) -> None:
 
 def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
     """What can be known to be wrong before anything is written or spent."""
+    from engine.trackers import check_trackers
     from ka2l.models import check_model_directory, is_directory
     from ka2l.pool_sources import find_pieces, is_dataset
 
     cluster_address(config.ray)
+    if config.trackers:
+        check_trackers(config.trackers)
     if not is_dataset(pool_path):
         find_pieces(pool_path, ())
     check_model_directory(model.path)
@@ -656,17 +666,26 @@ def _print_summary(target: RunDirectory, out: Console) -> None:
     out.print(table)
 
 
+class Terminated(KeyboardInterrupt):
+    """Told to end by SIGTERM, as by a scheduler that wants the machine back: ends as after Ctrl-C."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def main() -> None:
     """Entry point: exit code 0 done, 2 the user must change something, 3 paused for annotations, 1 a fault of ours."""
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=False)
     except KA2LError as error:
         word, style = ("paused", "bold yellow") if isinstance(error, AnnotationsPending) else ("error", "bold red")
         console.print(f"{word}: {error}", style=style, markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         console.print("interrupted; what is committed is safe: ka2l resume RUN_DIR", highlight=False)
-        sys.exit(130)
+        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # wrong usage, as typer words it
             console.print(f"error: {error.format_message()}", markup=False, highlight=False, soft_wrap=True)

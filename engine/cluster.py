@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ class RaySession:
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
         import ray
 
+        terminated = signal.getsignal(signal.SIGTERM)  # Ray puts a handler of its own there
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             # Everything Ray serves stays on this machine.
@@ -76,6 +78,8 @@ class RaySession:
                     hint="Does it ask for a token? Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the "
                     "cluster's token (~/.ray/auth_token where it was started).",
                 ) from error
+        if terminated is not None:
+            signal.signal(signal.SIGTERM, terminated)
         logging.getLogger("ray").setLevel(logging.ERROR)
 
     def _divert_native_chatter(self) -> None:

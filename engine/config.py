@@ -12,7 +12,9 @@ from typing import Any, ClassVar, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from actors.faults import FaultsConfig
 from engine.prices import PricesConfig
+from engine.trackers import TrackerName
 from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
 from ka2l.equivalence import EquivalenceConfig
@@ -56,7 +58,7 @@ class RayConfig(Section):
 class RunConfig(Section):
     """Everything about a run."""
 
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "ray"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"name", "prices", "faults", "ray", "trackers"})
 
     name: str = "run"
     """Names the run directory ``runs/NAME`` where none is given."""
@@ -96,6 +98,10 @@ class RunConfig(Section):
     """Caps."""
     prices: PricesConfig = PricesConfig()
     """What the report's net saving reckons with."""
+    faults: FaultsConfig = FaultsConfig()
+    """What is done about workers and questions that fail."""
+    trackers: list[TrackerName] = Field(default_factory=list)
+    """Who is told of rounds and training steps: ``tensorboard``, ``wandb``, ``mlflow``."""
     ray: RayConfig = RayConfig()
     """Where workers live."""
 

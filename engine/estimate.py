@@ -22,13 +22,15 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from actors.decoder import MOST_PAIRS
 from engine import stages
-from engine.artifacts import RunDirectory
+from engine.artifacts import RunDirectory, read_shard
 from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.ledger import committed_stages
 from engine.meter import workers
+from engine.stages.tables import among
 from engine.warm_up import Decoding, Range, Rates, exactly, measure, measured_once
 from ka2l.models import ModelConfig
 from ka2l.prompts import teacher_messages
@@ -40,6 +42,8 @@ from ka2l.tuning import num_steps
 #: Characters that make a token, in English: usually, and at most and at least for the interval.
 _CHARACTERS_PER_TOKEN = (4.0, 5.0, 3.0)
 _NOTHING = exactly(0.0)
+#: Questions that say how long a teacher's prompts and replies are.
+_TAUGHT = 500
 
 
 @dataclass(frozen=True)
@@ -270,7 +274,7 @@ def _predict_decoding(
     made = []
     if corpus:
         made.append(_predict_extract(config, rates, index, "corpus_states", {"corpus": corpus}))
-    num_pairs = corpus + counts["candidate"]
+    num_pairs = sum(min(count, MOST_PAIRS) for count in (corpus, counts["candidate"]))
     epochs = decoder.refit_epochs if index else decoder.num_epochs
     steps = math.ceil(epochs * num_pairs / min(decoder.batch_size, num_pairs))
     fit = Prediction(index, "decoder", steps, seconds=decoding.fit.seconds(steps))
@@ -288,11 +292,15 @@ def _teaching(campaign: Campaign) -> Teaching:
     """What a teacher's answer takes, from the pool's questions and references; the teacher itself is not asked."""
     config = campaign.config.annotator.teacher
     assert config is not None
-    questions = campaign.stage("questions").table(["question_id", "question", "split"])
-    questions = questions.filter(pc.equal(questions["split"], "candidate")).slice(0, 500)
-    references = campaign.stage("references").table()
-    references = references.filter(pc.is_in(references["question_id"], questions["question_id"].combine_chunks()))
-    return teaching_of(config, questions["question"].to_pylist(), references["answers"].to_pylist())
+    questions: list[dict[str, Any]] = []
+    stage = campaign.stage("questions")
+    for name in stage.shard_names():
+        if len(questions) < _TAUGHT:
+            columns = ["question_id", "question"]
+            questions += read_shard(stage.url, name, columns, pc.field("split") == "candidate").to_pylist()
+    questions = questions[:_TAUGHT]
+    references = campaign.stage("references").table(["answers"], among(row["question_id"] for row in questions))
+    return teaching_of(config, [row["question"] for row in questions], references["answers"].to_pylist())
 
 
 def teaching_of(config: TeacherConfig, questions: list[str], references: list[list[str]]) -> Teaching:

@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from engine.artifacts import RunDirectory, clear_storage_errors
+from engine.artifacts import RunDirectory
+from engine.storage import persistently
 
 
 class Events:
@@ -26,8 +27,7 @@ class Events:
         line = json.dumps({"time": round(time.time(), 3), "event": event} | fields, ensure_ascii=False) + "\n"
         if self.run.is_local:
             path = f"{self.run.path}/events.jsonl"
-            with clear_storage_errors(path), open(path, "a", encoding="utf-8") as stream:
-                stream.write(line)
+            persistently(lambda: _append(path, line), path)
         else:
             self.run.write_text(f"events/{time.time_ns()}.jsonl", line)
 
@@ -55,6 +55,11 @@ class Events:
         rate = f", {tracker.done / seconds:,.0f} {unit}/s" if tracker.done and seconds else ""
         note = f" · {tracker.note}" if tracker.note else ""
         self.say(f"{label:<22} {tracker.done:>7,} {unit} in {seconds:6.1f} s{rate}{note}")
+
+
+def _append(path: str, line: str) -> None:
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.write(line)
 
 
 class StageProgress:

@@ -12,7 +12,8 @@ from typing import Any
 
 from pyarrow import fs as pafs
 
-from engine.artifacts import RunDirectory, clear_storage_errors, filesystem, sync_folder, write_bytes
+from engine.artifacts import RunDirectory
+from engine.storage import clear_storage_errors, filesystem, sync_folder, write_bytes
 from ka2l.errors import RunDirectoryError
 
 

@@ -84,4 +84,6 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
 def publish(campaign: Campaign, status: str, reason: str | None = None) -> None:
     """Bring ledger, summary and report up to date with what is committed."""
     write_ledger(campaign.run)
-    write_report(campaign.run, status, reason)
+    content = write_report(campaign.run, status, reason)
+    if status != "paused":  # then its last round goes on
+        campaign.trackers.log_rounds(content["rounds"])

@@ -7,6 +7,7 @@ Tables the size of the pool are read shard by shard, and only what the report sh
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow import fs as pafs
 
 from engine.artifacts import RunDirectory
+from engine.jobs import FAILED
+from engine.ledger import ROUND_STAGES
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
@@ -26,7 +30,7 @@ from engine.report_data import (
     Transitions,
 )
 from engine.report_metadata import MetadataColumns
-from engine.report_reader import UNREADABLE, Reader
+from engine.report_reader import UNREADABLE, Reader, Sample
 from engine.report_stages import collect_stages
 from ka2l.records import SPLITS
 
@@ -54,6 +58,7 @@ def collect(run: RunDirectory, status: str | None = None, reason: str | None = N
     data = collect_stages(reader, status, reason)
     _read_tables(reader, data)
     _read_quarantine(reader, data)
+    _read_failures(reader, data)
     return data
 
 
@@ -121,7 +126,7 @@ def _read_pool(reader: Reader, data: ReportData) -> MetadataColumns:
     metadata = MetadataColumns()
     splits: Counter[str] = Counter()
     for table in reader.shards("questions", None, ["question_id", "split", "group", "metadata"]):
-        splits.update(table["split"].to_pylist())
+        splits.update({item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()})
         metadata.add(table)
     if splits:
         data.num_seed, data.num_candidates, data.num_eval = (splits[split] for split in SPLITS)
@@ -131,16 +136,27 @@ def _read_pool(reader: Reader, data: ReportData) -> MetadataColumns:
 def _read_knowledge(reader: Reader, data: ReportData, metadata: MetadataColumns) -> dict[int, _Judged]:
     """By round, for the rounds that judged the pool; sets their shares by metadata on the way."""
     rounds = [item for item in data.rounds if "knowledge" in item.stages]
-    found = {}
+    found: dict[int, _Judged] = {}
+    shown: pa.Array | None = None
     for item in rounds:
+        sample = Sample(reader, item.round, min(MAX_POINTS, MAX_POINTS_ALL_ROUNDS // len(rounds)), shown)
+        shares = metadata.shares()
+        p_unknown: dict[str, float] = {}
         columns = ["question_id", "split", "p_unknown", "pca_0", "pca_1"]
-        table = reader.table("knowledge", item.round, columns)
-        if table is None or not table.num_rows:
-            continue
-        item.groups = metadata.shares(table["question_id"], table["p_unknown"].to_numpy())
-        scored = table.filter(pc.equal(table["split"], "eval"))
-        p_unknown = dict(zip(scored["question_id"].to_pylist(), scored["p_unknown"].to_pylist(), strict=True))
-        found[item.round] = _Judged(_sample(table, min(MAX_POINTS, MAX_POINTS_ALL_ROUNDS // len(rounds))), p_unknown)
+        # Without columns to group by, the pool stays unread.
+        pool = reader.shards("questions", None, ["question_id", "group", "metadata"]) if metadata.names else iter(())
+        for table, questions in zip_longest(reader.shards("knowledge", item.round, columns), pool):
+            if table is None:
+                break
+            if questions is not None:
+                shares.add(questions, table["question_id"], table["p_unknown"].to_numpy())
+            scored = table.filter(pc.equal(table["split"], "eval"))
+            p_unknown |= zip(scored["question_id"].to_pylist(), scored["p_unknown"].to_pylist(), strict=True)
+            sample.add(table)
+        if sample.num_seen:
+            item.groups = shares.found()
+            found[item.round] = _Judged(sample.table(), p_unknown)
+            shown = sample.ids() if shown is None else shown
     return found
 
 
@@ -152,11 +168,11 @@ def _seed_entropies(reader: Reader, index: int) -> NDArray[np.float32]:
 
 def _grades(reader: Reader, index: int) -> dict[str, _Grade]:
     """Grade and greedy answer of each eval question."""
-    table = reader.table("cluster", index, ["question_id", "purpose", "top_answer", "correct"])
-    if table is None:
-        return {}
-    rows = table.filter(pc.equal(table["purpose"], "eval")).to_pylist()
-    return {row["question_id"]: _Grade(row["correct"], row["top_answer"] or "") for row in rows}
+    return {
+        row["question_id"]: _Grade(row["correct"], row["top_answer"] or "")
+        for table in reader.shards("cluster", index, ["question_id", "purpose", "top_answer", "correct"])
+        for row in table.filter(pc.equal(table["purpose"], "eval")).to_pylist()
+    }
 
 
 def _transitions(base: dict[str, _Grade], now: dict[str, _Grade]) -> Transitions:
@@ -188,15 +204,6 @@ def _changed(grades: dict[int, dict[str, _Grade]]) -> tuple[list[str], list[str]
 def _confident(grades: dict[str, _Grade], p_unknown: dict[str, float]) -> list[str]:
     wrong = [key for key, grade in grades.items() if grade.correct is False and p_unknown.get(key, 1.0) < CONFIDENT]
     return sorted(wrong, key=lambda key: (p_unknown[key], key))[:NUM_EXAMPLES]
-
-
-def _sample(knowledge: pa.Table, limit: int) -> pa.Table:
-    """The same questions in every round, as long as the pool is the same."""
-    knowledge = knowledge.filter(pc.and_(pc.is_finite(knowledge["pca_0"]), pc.is_finite(knowledge["pca_1"])))
-    if knowledge.num_rows > limit:
-        order = pc.sort_indices(knowledge["question_id"]).to_numpy()
-        knowledge = knowledge.take(np.sort(np.random.default_rng(0).choice(order, limit, replace=False)))
-    return knowledge
 
 
 def _points(table: pa.Table, questions: dict[str, str]) -> StatePoints | None:
@@ -261,20 +268,40 @@ def _selected_examples(
 
 
 def _read_quarantine(reader: Reader, data: ReportData) -> None:
+    reasons: Counter[str] = Counter()
+    examples: list[tuple[str, str, int | None, str]] = []
+    path = f"{reader.run.path}/quarantine.parquet"
     try:
-        content = reader.run.read_bytes(f"{reader.run.path}/quarantine.parquet")
-        if content is None:
+        if reader.run.fs.get_file_info(path).type == pafs.FileType.NotFound:
             return
-        table = pq.read_table(pa.BufferReader(content), columns=["source", "row", "reason", "content"])
+        with pq.ParquetFile(path, filesystem=reader.run.fs) as file:
+            for batch in file.iter_batches(4096, columns=["source", "row", "reason", "content"]):
+                for row in batch.to_pylist():
+                    kind = row["reason"].split(":", 1)[0].strip()
+                    reasons[kind] += 1
+                    if reasons[kind] <= 3:
+                        examples.append((row["reason"], row["source"], row["row"], row["content"][:400]))
     except UNREADABLE as error:
         reader.note("quarantine.parquet", error)
         return
-    reasons: Counter[str] = Counter()
-    for row in table.to_pylist():
-        kind = row["reason"].split(":", 1)[0].strip()
-        reasons[kind] += 1
-        if reasons[kind] <= 3:
-            data.quarantine_examples.append((row["reason"], row["source"], row["row"], row["content"][:400]))
     data.quarantine_counts = dict(reasons.most_common())
     order = {reason: position for position, reason in enumerate(data.quarantine_counts)}
-    data.quarantine_examples.sort(key=lambda example: order[example[0].split(":", 1)[0].strip()])
+    examples.sort(key=lambda example: order[example[0].split(":", 1)[0].strip()])
+    data.quarantine_examples = examples
+
+
+def _read_failures(reader: Reader, data: ReportData) -> None:
+    """Questions that broke a stage's work on them, beside the rows that never became questions."""
+    for name, index in ((name, item.round) for item in data.rounds for name in ROUND_STAGES):
+        manifest, stage = reader.manifest(name, index), reader.stage(name, index)
+        if manifest is None or not manifest.cost.get(FAILED):
+            continue
+        try:
+            failures = stage.failures()
+        except UNREADABLE as error:
+            reader.note(stage.label, error)
+            continue
+        kind = f"failed in {stage.label}"
+        data.quarantine_counts[kind] = len(failures)
+        for failure in failures[:3]:
+            data.quarantine_examples.append((f"{kind}: {failure.reason}", stage.label, None, failure.question_id))

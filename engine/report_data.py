@@ -200,7 +200,7 @@ class ReportData:
     confident_mistakes: list[ConfidentMistake] = field(default_factory=list)
     confident_mistakes_round: int | None = None
     quarantine_counts: dict[str, int] = field(default_factory=dict)
-    quarantine_examples: list[tuple[str, str, int, str]] = field(default_factory=list)
+    quarantine_examples: list[tuple[str, str, int | None, str]] = field(default_factory=list)
     """(reason, source, row, content): the first rows of each reason."""
     versions: dict[str, str] = field(default_factory=dict)
     git_revision: str | None = None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
@@ -95,3 +96,42 @@ class Reader:
             self.note(name, error)
             value = None
         return value if isinstance(value, dict) else {}
+
+
+class Sample:
+    """A sample of a knowledge table that comes shard by shard: the same questions in every round.
+
+    Args:
+        limit: rows at most.
+        shown: ids of the first round's sample; None in the first round.
+    """
+
+    def __init__(self, reader: Reader, index: int, limit: int, shown: pa.Array | None) -> None:
+        manifest = reader.manifest("knowledge", index)
+        num_rows = sum(entry.num_rows or 0 for entry in manifest.files) if manifest else 0
+        self._places = np.arange(min(num_rows, limit))
+        if num_rows > limit:
+            self._places = np.sort(np.random.default_rng(0).choice(num_rows, limit, replace=False, shuffle=False))
+        self._shown = shown
+        self._tables: list[pa.Table] = []
+        self.num_seen = 0
+        """Rows so far."""
+
+    def add(self, shard: pa.Table) -> None:
+        """Take in the next shard."""
+        if self._shown is None:
+            start, end = np.searchsorted(self._places, [self.num_seen, self.num_seen + shard.num_rows])
+            chosen = shard.take(pa.array(self._places[start:end] - self.num_seen))
+        else:
+            chosen = shard.filter(pc.is_in(shard["question_id"], value_set=self._shown))
+        self.num_seen += shard.num_rows
+        self._tables.append(chosen)
+
+    def table(self) -> pa.Table:
+        """The rows with a place in the plane."""
+        table = pa.concat_tables(self._tables)
+        return table.filter(pc.and_(pc.is_finite(table["pca_0"]), pc.is_finite(table["pca_1"])))
+
+    def ids(self) -> pa.Array:
+        """Ids of all that was drawn."""
+        return pa.concat_tables(self._tables)["question_id"].combine_chunks()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -23,6 +24,7 @@ from engine.artifacts import Manifest, RunDirectory, read_shard
 from engine.campaign import Campaign
 from engine.config import BudgetConfig
 from engine.events import Events, read_events
+from engine.stages.tables import among
 from ka2l.annotation import AnnotatorConfig
 from ka2l.models import load_tokenizer
 from ka2l.pool import ColumnsConfig, PoolConfig
@@ -180,17 +182,9 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
 
 def _subset(campaign: Campaign) -> list[dict[str, object]]:
     """Some questions of each split with their answers, the splits in turn."""
-    questions = campaign.stage("questions").table(["question_id", "question", "split"])
-    draw = random.Random(campaign.config.seed)
-    picked: list[list[dict[str, object]]] = []
-    for split in SPLITS:
-        rows = questions.filter(pc.equal(questions["split"], split))
-        chosen = draw.sample(range(rows.num_rows), min(_QUESTIONS, rows.num_rows))
-        picked.append(rows.take(pa.array(chosen, pa.int64())).to_pylist())
+    picked = _drawn(campaign, _QUESTIONS).values()
     mixed = [row for turn in zip_longest(*picked) for row in turn if row is not None]
-    ids = pa.array([row["question_id"] for row in mixed], pa.string())
-    references = campaign.stage("references").table()
-    references = references.filter(pc.is_in(references["question_id"], ids))
+    references = campaign.stage("references").table(where=among(str(row["question_id"]) for row in mixed))
     answers = dict(zip(references["question_id"].to_pylist(), references["answers"].to_pylist(), strict=True))
     return [
         {
@@ -201,6 +195,24 @@ def _subset(campaign: Campaign) -> list[dict[str, object]]:
         }
         for row in mixed
     ]
+
+
+def _drawn(campaign: Campaign, count: int) -> dict[str, list[dict[str, object]]]:
+    """Some questions of each split, by split, in the order that they were drawn in."""
+    questions, draw = campaign.stage("questions"), random.Random(campaign.config.seed)
+    counts = questions.require().metrics
+    chosen = {split: draw.sample(range(counts[split]), min(count, counts[split])) for split in SPLITS}
+    found: dict[str, dict[int, dict[str, object]]] = {split: {} for split in SPLITS}
+    seen = Counter[str]()
+    for name in questions.shard_names():
+        table = read_shard(questions.url, name, ["question_id", "question", "split"])
+        for split in SPLITS:
+            rows = table.filter(pc.equal(table["split"], split))
+            inside = [place for place in chosen[split] if 0 <= place - seen[split] < rows.num_rows]
+            taken = rows.take(pa.array([place - seen[split] for place in inside], pa.int64()))
+            found[split] |= zip(inside, taken.to_pylist(), strict=True)
+            seen[split] += rows.num_rows
+    return {split: [found[split][place] for place in chosen[split]] for split in SPLITS}
 
 
 def _small_campaign(campaign: Campaign, folder: Path, rows: Sequence[Mapping[str, object]]) -> Campaign:
@@ -268,14 +280,11 @@ def _tuning_pace(campaign: Campaign) -> Pace:
 def _prompt_tokens(campaign: Campaign) -> dict[str, Range]:
     """Tokens of a prompt, by split: of every question, or of some of a large pool."""
     prompter = Prompter(load_tokenizer(campaign.model), campaign.config.prompt)
-    questions = campaign.stage("questions").table(["question", "split"])
-    draw = random.Random(campaign.config.seed)
+    num_all = campaign.stage("questions").require().metrics
     found = {}
-    for split in SPLITS:
-        texts = questions.filter(pc.equal(questions["split"], split))["question"]
-        chosen = draw.sample(range(len(texts)), min(_TOKENISED, len(texts)))
-        counts = [len(prompter.token_ids(text)) for text in texts.take(pa.array(chosen, pa.int64())).to_pylist()]
-        found[split] = mean_of(counts, len(texts)) if counts else exactly(0.0)
+    for split, rows in _drawn(campaign, _TOKENISED).items():
+        counts = [len(prompter.token_ids(str(row["question"]))) for row in rows]
+        found[split] = mean_of(counts, int(num_all[split])) if counts else exactly(0.0)
     return found
 
 

@@ -27,6 +27,8 @@ _NUM_NEIGHBOURS = 5
 #: Of the neighbour in a mixture, from and to: the parent stays the nearer one.
 _MIXTURE = (0.2, 0.5)
 _MIN_WORDS, _MAX_WORDS = 3, 60
+#: Other states that some are compared with at once: the products of all pairs are held for these.
+_STATES_AT_ONCE = 4096
 #: Share of the training questions that end in a question mark from which on a decoded one must.
 _MARKED_SHARE = 0.9
 
@@ -135,8 +137,9 @@ class NearestStates:
 
     def add(self, others: np.ndarray) -> None:
         """Compare with further states, shape (M, D)."""
-        if len(others) and len(self._unit):
-            self.similarity = np.maximum(self.similarity, (self._unit @ self._directions(others).T).max(axis=1))
+        for start in range(0, len(others) if len(self._unit) else 0, _STATES_AT_ONCE):
+            directions = self._directions(others[start : start + _STATES_AT_ONCE])
+            self.similarity = np.maximum(self.similarity, (self._unit @ directions.T).max(axis=1))
 
     def first_of_kind(self, candidates: np.ndarray, threshold: float) -> np.ndarray:
         """Which of the rows ``candidates`` are new: farther than ``threshold`` from all others and from every row kept

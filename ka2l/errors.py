@@ -17,6 +17,9 @@ KA2LError
 └── EngineError                  exit code 1: a fault of ours or of the machine
     ├── CanaryError              an adapter that changes nothing, or engines that disagree about it
     ├── StageFailedError         a stage failed; carries the last lines of its log
+    │   ├── StageStalledError    its workers were lost or got stuck, again and again
+    │   └── TooManyFailuresError more of its questions failed than the config allows
+    ├── StorageError             the storage failed, again and again
     └── ResourcesBusyError       CPUs, GPUs or memory not given back in time
 ```
 """
@@ -114,6 +117,18 @@ class CanaryError(EngineError):
 
 class StageFailedError(EngineError):
     """A stage failed; the message carries the last lines of the log."""
+
+
+class StageStalledError(StageFailedError):
+    """The workers of a stage were lost or stopped getting on; raised once replacing them has not helped."""
+
+
+class TooManyFailuresError(StageFailedError):
+    """More questions of a stage failed than ``faults.max_failed_share`` allows."""
+
+
+class StorageError(EngineError):
+    """The storage of the run directory failed, each time it was tried again."""
 
 
 class ResourcesBusyError(EngineError):

@@ -124,9 +124,12 @@ def normalise_question(text: str) -> str:
 
     Only sentence punctuation goes: ``C#`` and ``C++`` stay apart from ``C``. Applying it twice changes nothing.
     """
-    # Case folding can undo NFKC and the other way round (Unicode, section 3.13, toNFKC_Casefold).
-    for _ in range(3):
-        text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    if text.isascii():
+        text = text.lower()
+    else:
+        # Case folding can undo NFKC and the other way round (Unicode, section 3.13, toNFKC_Casefold).
+        for _ in range(3):
+            text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     return " ".join(text.split()).rstrip(" .?!,;:。؟।")
 
 
@@ -251,13 +254,13 @@ def _number(value: float) -> str:
 
 def _checked(text: str, role: str) -> str:
     # JSON may escape half of a surrogate pair, which no UTF-8 file can hold.
-    if re.search(r"[\ud800-\udfff]", text):
+    if not text.isascii() and re.search(r"[\ud800-\udfff]", text):
         raise _UnusableError(f"malformed: {role} holds a lone surrogate, which is not valid Unicode")
     return text
 
 
 def _valid(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _shortened(value: object) -> object:
@@ -267,12 +270,15 @@ def _shortened(value: object) -> object:
     return value if len(text) <= MAX_CONTENT_CHARS else text[:MAX_CONTENT_CHARS]
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=str)
+
+
 def to_json(value: object) -> str:
     """JSON that any reader takes: dates and bytes as text, NaN and infinities as null, no lone surrogates."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
+        text = _JSON.encode(value)
     except (TypeError, ValueError):
-        text = json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, default=str)
+        text = _JSON.encode(_plain(value))
     return _valid(text)
 
 
@@ -298,20 +304,23 @@ def clean_table(
 ) -> pa.Table:
     """Clean (position, row) pairs of one source into a table with the schema CLEAN."""
     cells: dict[str, list[Any]] = {name: [] for name in CLEAN.names}
+    appends = [column.append for column in cells.values()]
     for position, row in rows:
         cleaned = clean_row(row, columns, config, source, position, mapper)
-        values: dict[str, Any] = {"source": source, "row": position, "split_index": -1}
-        if isinstance(cleaned, Rejected):
-            values |= cleaned._asdict() | {"question_key": 0, "id_key": 0, "group_key": 0}
-        else:
-            values |= cleaned._asdict()
-            values["question_key"] = int(question_key(cleaned.question), 16)
-            values["id_key"] = int(_hash(cleaned.question_id), 16)
-            values["group_key"] = _group_key(cleaned, values["question_key"])
-            values["split_index"] = records.SPLITS.index(cleaned.split) if cleaned.split else -1
-        for name, column in cells.items():
-            column.append(values.get(name))
+        for append, value in zip(appends, _cells(cleaned, source, position), strict=True):
+            append(value)
     return pa.table(cells, schema=CLEAN)
+
+
+def _cells(cleaned: CleanRow | Rejected, source: str, position: int) -> tuple[Any, ...]:
+    """The row's values, in the order of CLEAN."""
+    if isinstance(cleaned, Rejected):
+        return (*cleaned[:2], cleaned.reason, cleaned.content, None, None, None, None, None, None, 0, 0, 0, -1)
+    question_id, question, answers, group, fact, split, metadata = cleaned
+    key = int(question_key(question), 16)
+    keys = (key, int(_hash(question_id), 16), _group_key(cleaned, key))
+    index = records.SPLITS.index(split) if split else -1
+    return (source, position, None, None, question_id, question, answers, group, fact, metadata, *keys, index)
 
 
 def _group_key(row: CleanRow, key: int) -> int:

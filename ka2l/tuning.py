@@ -102,7 +102,12 @@ class TuneResult(NamedTuple):
 
 def is_rehearsed(question_id: str, config: TuningConfig, seed: int) -> bool:
     """Whether a candidate without annotation belongs to the rehearsed share; fixed by (run seed, question id)."""
-    return row_seed(seed, 0, "rehearsal", question_id) < config.rehearsal * 2**31
+    return rehearsal_draw(question_id, seed) < config.rehearsal * 2**31
+
+
+def rehearsal_draw(question_id: str, seed: int) -> int:
+    """A number in [0, 2**31) from (run seed, question id); the lowest are rehearsed first."""
+    return row_seed(seed, 0, "rehearsal", question_id)
 
 
 def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:

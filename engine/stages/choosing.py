@@ -12,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
+from engine.sharing import shared_teacher
 from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator
 from ka2l.annotation_human import Task
@@ -78,6 +80,8 @@ def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Arra
     if campaign.config.selection.kind == "semantic_entropy":
         drawn = read_shard(observed.url, shard, ["question_id", "purpose", "semantic_entropy"])
         found = by_id(drawn.filter(pc.equal(drawn["purpose"], "probe")), "semantic_entropy")
+        # What could not be sampled cannot be ranked.
+        table = table.filter(pc.is_in(table["question_id"], pa.array(list(found), pa.string())))
         entropy = np.array([found[name] for name in table["question_id"].to_pylist()], dtype=np.float64)
     p_wrong = table["p_wrong"]
     return Candidates(
@@ -108,18 +112,17 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         ids = asked_ids(campaign, round_index)
         text_of = by_id(questions.table(["question_id", "question"], among(ids)), "question")
         text_of |= by_id(kept_questions(campaign, round_index), "question")
-        context = annotation_context(campaign, round_index, text_of)
-        annotator = build.annotator(campaign.config.annotator, context)
-        size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
-        batches = [ids[start : start + size] for start in range(0, len(ids), size)]
         finished = stage.finished_shards()
         refused: Counter[str] = Counter()
         stopped, num_not_asked = None, 0
-        # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
-        close = getattr(annotator, "close", lambda: None)
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
-            ended.enter_context(_workers(campaign))
-            ended.callback(close)
+            placement = ended.enter_context(_workers(campaign))
+            context = annotation_context(campaign, round_index, text_of, placement)
+            annotator = build.annotator(campaign.config.annotator, context)
+            # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
+            ended.callback(getattr(annotator, "close", lambda: None))
+            size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
+            batches = [ids[start : start + size] for start in range(0, len(ids), size)]
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
@@ -128,8 +131,9 @@ def annotate(campaign: Campaign, round_index: int) -> None:
                     of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
                     refused.update(refusal.reason for refusal in of_batch)
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
-                    write_shard(stage.url, name, rows, _annotation_cost(annotator, [*made, *of_batch], len(made)))
-                    campaign.events.emit("shard_written", stage=stage.name, round=round_index, shard=name)
+                    cost = _annotation_cost(annotator, [*made, *of_batch], len(made))
+                    write_shard(stage.url, name, rows, cost)
+                    campaign.note_shard(stage, name, len(made), cost)
                     stopped = getattr(annotator, "stopped", None)
                 progress.advance(len(batch))
                 if stopped:
@@ -151,11 +155,11 @@ def annotate(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Any]:
-    """What annotating holds: a local teacher's engines, else the driver alone."""
+def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Placement]:
+    """What annotating holds: a local teacher's engines, unless others share them, else the driver alone."""
     config = campaign.config.annotator
-    if config.kind != "local_teacher":
-        return contextlib.nullcontext()
+    if config.kind != "local_teacher" or campaign.leases is not None:
+        return contextlib.nullcontext(Placement(0))
     return campaign.hold(config.engine.replicas, config.engine.cpus_per_replica, config.engine.gpus_per_replica)
 
 
@@ -191,16 +195,23 @@ def annotator_fields(campaign: Campaign) -> dict[str, Any]:
     return fields
 
 
-def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[str, str]) -> build.AnnotationContext:
+def annotation_context(
+    campaign: Campaign, round_index: int, text_of: Mapping[str, str], placement: Placement
+) -> build.AnnotationContext:
     """What the annotator of a round may look at.
 
     Args:
         text_of: the questions it may be asked.
+        placement: of a local teacher's workers.
     """
     references = campaign.stage("references")
+    revealed: dict[str, list[str]] = {}
 
     def reveal(ids: Sequence[str]) -> Mapping[str, list[str]]:
-        return by_id(references.table(["question_id", "answers"], among(ids)), "answers")
+        # Of all that is asked at once: one pass over the pool's references, and not one a batch.
+        if not revealed:
+            revealed.update(by_id(references.table(["question_id", "answers"], among(text_of)), "answers"))
+        return {name: revealed[name] for name in ids if name in revealed}
 
     def make_tasks(ids: Sequence[str]) -> list[Task]:
         return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
@@ -216,7 +227,10 @@ def annotation_context(campaign: Campaign, round_index: int, text_of: Mapping[st
         config.budget.money,
         config.seed,
         campaign.log_path(campaign.stage("annotate", round_index)),
-        config.ray.release_timeout_s,
+        placement,
+        config.faults,
+        campaign.tags(campaign.stage("annotate", round_index)),
+        shared_teacher(campaign, campaign.stage("annotate", round_index)),
     )
 
 

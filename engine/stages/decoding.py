@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 
 from actors.decoder import decode_states, extract_states
+from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
-from engine.stages.tables import kept_questions, layers_of, load_stage_probe, make_table, shard_states, states_of
+from engine.stages.tables import each_states, kept_questions, load_stage_probe, make_table, states_of
 from ka2l.decoding import (
     GATES,
     NearestStates,
@@ -123,7 +124,7 @@ def _decode(
     """One question a variant: sampled where the state is a question's own, else the likeliest."""
     config = campaign.config.decoder
     sampled = np.array([variant.kind == "sampled" for variant in variants], dtype=bool)
-    with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker):
+    with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker) as placement:
         return decode_states(
             folder=campaign.decoder_dir(fitted_round),
             model_path=campaign.model.path,
@@ -133,6 +134,8 @@ def _decode(
             seed=seed,
             trust_remote_code=campaign.model.trust_remote_code,
             log_path=log,
+            placement=placement,
+            faults=campaign.config.faults,
         )
 
 
@@ -166,9 +169,8 @@ def _gate_drafts(
     states = stored_states(table)[:, 0]
     mine = states[[have[drafts.questions[row]] for row in rows]]
     near = NearestStates(mine, centre)
-    column = layers_of(extracted).index(layer)
-    for name in extracted.shard_names():
-        near.add(shard_states(read_shard(extracted.url, name), extracted)[:, column])
+    for others in each_states(extracted, layer):
+        near.add(others)
     near.add(states[[have[text] for text in before if text in have]])
     probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
     p_unknown = probe.predict(mine)
@@ -183,7 +185,7 @@ def _gate_drafts(
     drafts.stop(rows, np.array([(drafts.p_unknown[row] or 0.0) >= _UNKNOWN for row in rows], dtype=bool), "known")
 
     rows = drafts.left
-    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}))
+    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}, Placement(0)))
     can: Callable[[Mapping[str, str]], set[str]] | None = getattr(annotator, "answerable", None)
     asked = {decoded_id(drafts.questions[row]): drafts.questions[row] for row in rows}
     answerable = set(asked) if can is None else can(asked)
@@ -199,17 +201,25 @@ def _states(
     extraction = one_layer(config.extraction, layer)
     cpus, gpus = extraction.cpus_per_replica, extraction.gpus_per_replica
     make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
-    with campaign.hold(1, cpus, gpus):
-        return extract_states(make, texts, cpus=cpus, gpus=gpus, log_path=log)
+    with campaign.hold(1, cpus, gpus) as placement:
+        return extract_states(
+            make,
+            texts,
+            cpus=cpus,
+            gpus=gpus,
+            log_path=log,
+            placement=placement,
+            faults=config.faults,
+        )
 
 
 def _moments(extracted: Stage, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of the pool's states, both of shape (D,)."""
     from sklearn.preprocessing import StandardScaler
 
-    column, scaler = layers_of(extracted).index(layer), StandardScaler()
-    for name in extracted.shard_names():
-        scaler.partial_fit(shard_states(read_shard(extracted.url, name), extracted)[:, column].astype(np.float64))
+    scaler = StandardScaler()
+    for states in each_states(extracted, layer):
+        scaler.partial_fit(states.astype(np.float64))
     return np.asarray(scaler.mean_), np.sqrt(np.asarray(scaler.var_))
 
 

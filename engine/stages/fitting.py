@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from actors.decoder import PairSource, run_decoder_training
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
 from engine.stages.tables import adapter_input, by_id, load_stage_probe, states_of
 from ka2l.hidden_states import ExtractionConfig
 from ka2l.metrics import auroc
@@ -44,14 +45,15 @@ def corpus(campaign: Campaign) -> None:
     questions = campaign.stage("questions")
 
     def work(stage: Stage) -> Outcome:
-        taken = {key for _, keys in pool_keys(questions) for key in keys}
+        in_pool = np.sort(np.concatenate([_as_numbers(keys) for _, keys in pool_keys(questions)]))
+        taken: set[str] = set()
         rows: list[dict[str, str]] = []
         num_skipped = 0
         for question in _corpus_questions(path) if path else ():
             key = question_key(question)
             if len(rows) == config.num_corpus:
                 break
-            if not question.strip() or key in taken:
+            if not question.strip() or key in taken or _holds(in_pool, key):
                 num_skipped += 1
                 continue
             taken.add(key)
@@ -75,6 +77,17 @@ def _corpus_questions(path: str) -> Iterator[str]:
         for _, row in read_piece(piece):
             if isinstance(row, Mapping) and isinstance(row.get("question"), str):
                 yield row["question"]
+
+
+def _as_numbers(keys: Sequence[str]) -> np.ndarray:
+    """Keys as the 64-bit hashes that they are: all that is held of a pool's questions, 8 bytes each."""
+    return np.array([int(key, 16) for key in keys], dtype=np.uint64)
+
+
+def _holds(ordered: np.ndarray, key: str) -> bool:
+    number = np.uint64(int(key, 16))
+    place = int(np.searchsorted(ordered, number))
+    return place < len(ordered) and bool(ordered[place] == number)
 
 
 def pool_keys(questions: Stage) -> Iterator[tuple[list[str], list[str]]]:
@@ -126,7 +139,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         with (
             campaign.run.scratch() as scratch,
             campaign.events.progress(stage.label, 1, "steps") as progress,
-            campaign.hold(1, config.decoder.cpus_per_worker, gpus),
+            campaign.hold(1, config.decoder.cpus_per_worker, gpus, reserve=False),
         ):
 
             def on_progress(report: dict[str, Any]) -> None:
@@ -146,6 +159,8 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
                 trust_remote_code=campaign.model.trust_remote_code,
                 log_path=campaign.log_path(stage),
                 on_progress=on_progress,
+                faults=config.faults,
+                tags=campaign.tags(stage),
             )
             for file in sorted((scratch / "decoder").iterdir()):
                 if file.is_file():

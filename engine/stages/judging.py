@@ -85,5 +85,8 @@ def count_revealed(stage: Stage) -> dict[str, int]:
 def own_doubts(semantic_ids: Mapping[str, Sequence[int]], ids: Sequence[str]) -> np.ndarray:
     """The base model's own doubt about each question, from the clusters of its sampled answers. Shape (num_questions,);
     NaN where it was not sampled."""
-    counts = [np.bincount(semantic_ids[name]) if name in semantic_ids else np.zeros(1, int) for name in ids]
-    return doubt(np.array([count.max() for count in counts]), np.array([count.sum() for count in counts]))
+    num_agreeing, num_answers = np.zeros(len(ids), int), np.zeros(len(ids), int)
+    for row, name in enumerate(ids):
+        if (clusters := semantic_ids.get(name)) is not None:
+            num_agreeing[row], num_answers[row] = np.bincount(clusters).max(), len(clusters)
+    return doubt(num_agreeing, num_answers)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from scipy.special import expit
 
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
+from engine.sharing import shared_equivalence
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     among,
@@ -26,7 +28,6 @@ from engine.stages.tables import (
     load_stage_probe,
     make_table,
     num_rows,
-    shard_states,
     states_of,
 )
 from ka2l.correctness import QUADRANTS
@@ -34,7 +35,7 @@ from ka2l.evidence import combine
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe
-from ka2l.records import KNOWLEDGE, LABELS
+from ka2l.records import KNOWLEDGE, LABELS, stored_states
 from ka2l.seeds import row_seed
 
 
@@ -115,15 +116,17 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             for source in answers
             for row in source.table(["question_id", "answers"]).to_pylist()
         }
-        run_host(
-            campaign,
-            stage,
-            partial(build.feedback_host, config, revealed),
-            {"questions": ShardInput(questions.url, ["question_id", "question"]), source[0]: ShardInput(source[1].url)},
-            replicas=1,
-            cpus=1.0,
-            gpus=0.0,
-        )
+        inputs = {"questions": ShardInput(questions.url, ["question_id", "question"])}
+        with shared_equivalence(campaign, stage) as (shared, cpus):
+            run_host(
+                campaign,
+                stage,
+                partial(build.feedback_host, config, shared, revealed),
+                inputs | {source[0]: ShardInput(source[1].url)},
+                replicas=1,
+                cpus=cpus,
+                gpus=0.0,
+            )
         return {
             "num_sampled": num_rows(stage),
             "num_annotated": len(revealed),
@@ -151,19 +154,22 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
         informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
         second = second_axis(campaign, graded[0], round_index) if graded else None
         finished = stage.finished_shards()
+        layers, base_layers = layers_of(extracted), layers_of(base)
         for name in extracted.shard_names():
             if name in finished:
                 continue
             table = read_shard(extracted.url, name)
-            ids = table["question_id"].to_pylist()
-            states = shard_states(table, extracted)
+            states = stored_states(table, len(layers))
             logits = fitted.predict_logit(states)
-            later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
-            score, judged = combine(logits), {}
+            score: np.ndarray = combine(logits)
+            p_wrong: Any = pa.nulls(table.num_rows)
+            quadrant: Any = p_wrong
             if graded:
+                ids = table["question_id"].to_pylist()
+                later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
                 rows = read_shard(base.url, name)
                 base_ids = rows["question_id"].to_pylist()
-                chosen = shard_states(rows, base)[:, layers_of(base).index(informed.layer)]
+                chosen = stored_states(rows, len(base_layers))[:, base_layers.index(informed.layer)]
                 then = dict(zip(base_ids, informed.predict_logit(chosen), strict=True))
                 sampled = by_id(read_shard(graded[0].url, name, ["question_id", "semantic_ids"]), "semantic_ids")
                 score = combine(
@@ -172,13 +178,15 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                     own_doubts(sampled, ids),
                 )
                 judged = second(base_ids, chosen, sampled) if second else {}
+                p_wrong = [judged[question_id].p_wrong if question_id in judged else None for question_id in ids]
+                quadrant = [judged[question_id].quadrant if question_id in judged else None for question_id in ids]
             components = fitted.pca(states)
             columns = {
                 "question_id": table["question_id"],
                 "split": table["split"],
-                "p_wrong": [judged[question_id].p_wrong if question_id in judged else None for question_id in ids],
-                "quadrant": [judged[question_id].quadrant if question_id in judged else None for question_id in ids],
-                "p_unknown": fitted.predict(states),
+                "p_wrong": p_wrong,
+                "quadrant": quadrant,
+                "p_unknown": expit(logits),
                 "logit": logits,
                 "score": score,
                 "pca_0": components[:, 0],
@@ -274,9 +282,9 @@ def _count_shards(
         counts["likely_unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
         counts["unjudged"] += table["quadrant"].null_count
         left = table.filter(pc.invert(pc.is_in(table["question_id"], annotated)))
-        for quadrant, count in Counter(left["quadrant"].to_pylist()).items():
-            if quadrant is not None:
-                counts[quadrant] += count
+        for item in pc.value_counts(left["quadrant"]).to_pylist():
+            if item["values"] is not None:
+                counts[item["values"]] += item["counts"]
 
     def scores(ids: Iterable[str]) -> dict[str, float]:
         tables = [read_shard(stage.url, name, ["question_id", "score"], among(ids)) for name in names]

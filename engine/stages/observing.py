@@ -14,7 +14,9 @@ import pyarrow.compute as pc
 from actors.sampler import ObservePlan
 from engine import build
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign, Outcome, ShardInput, commit_stage, run_host
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
+from engine.sharing import shared_equivalence
 from engine.stages.tables import adapter_input, among, by_id, eval_grades, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 
@@ -67,19 +69,20 @@ def cluster(campaign: Campaign, round_index: int) -> None:
     observed = campaign.stage("observe", round_index)
 
     def work(stage: Stage) -> Outcome:
-        run_host(
-            campaign,
-            stage,
-            partial(build.scorer_host, config.equivalence),
-            {
-                "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
-                "samples": ShardInput(observed.url),
-                "references": ShardInput(references.url, eval_only=True),
-            },
-            replicas=1,
-            cpus=1.0,
-            gpus=0.0,
-        )
+        with shared_equivalence(campaign, stage) as (shared, cpus):
+            run_host(
+                campaign,
+                stage,
+                partial(build.scorer_host, config.equivalence, shared),
+                {
+                    "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
+                    "samples": ShardInput(observed.url),
+                    "references": ShardInput(references.url, eval_only=True),
+                },
+                replicas=1,
+                cpus=cpus,
+                gpus=0.0,
+            )
         return _cluster_metrics(campaign, stage, round_index), {}
 
     commit_stage(
@@ -90,9 +93,10 @@ def cluster(campaign: Campaign, round_index: int) -> None:
 
 def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
     names = sorted(stage.finished_shards())
-    table = pa.concat_tables([read_shard(stage.url, name) for name in names])
-    graded = table.filter(pc.equal(table["purpose"], "eval"))
-    probed = table.filter(pc.equal(table["purpose"], "probe"))
+    graded, probed = (
+        pa.concat_tables([read_shard(stage.url, name, columns, pc.field("purpose") == purpose) for name in names])
+        for purpose, columns in (("eval", None), ("probe", ["semantic_entropy"]))
+    )
     metrics: dict[str, Any] = {"num_eval": graded.num_rows, "num_probed": probed.num_rows}
     if probed.num_rows:
         metrics["mean_semantic_entropy"] = pc.mean(probed["semantic_entropy"]).as_py()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pyarrow as pa
 
 from actors.pool_reader import read_pool
@@ -24,22 +26,16 @@ def pool(campaign: Campaign) -> None:
     def read(stage: Stage) -> Outcome:
         questions.remove()
         stage.finished_shards()
-        quarantined: list[pa.Table] = []
-
-        def quarantine(table: pa.Table) -> str:
-            quarantined.append(table)
-            campaign.run.write_table("quarantine.parquet", pa.concat_tables(quarantined))
-            return f"{campaign.run.url}/quarantine.parquet"
-
         tables = read_pool(
-            config, campaign.config.seed, write_quarantine=quarantine, shard_rows=campaign.config.shard_rows
+            config,
+            campaign.config.seed,
+            write_quarantine=partial(campaign.run.write_tables, "quarantine.parquet"),
+            shard_rows=campaign.config.shard_rows,
         )
         with campaign.events.progress("pool", tables.counts["usable"], "questions") as progress:
-            for index, (rows, references) in enumerate(tables.shards):
-                write_shard(questions.url, shard_name(index), rows, {})
-                write_shard(stage.url, shard_name(index), references, {})
-                campaign.events.emit("shard_written", stage=stage.name, round=None, shard=shard_name(index))
-                progress.advance(rows.num_rows)
+            for index, num_rows in tables.write_shards(partial(_write, questions.url, stage.url)):
+                campaign.note_shard(stage, shard_name(index), num_rows, {})
+                progress.advance(num_rows)
             if tables.counts["quarantined"]:
                 progress.note = f"{tables.counts['quarantined']} quarantined, see quarantine.parquet"
         return tables.counts, {}
@@ -47,6 +43,11 @@ def pool(campaign: Campaign) -> None:
     references = commit_stage(campaign, "references", None, config=fields, inputs=[], work=read)
     counts = references.require().metrics
     commit_stage(campaign, "questions", None, config=fields, inputs=[references], work=lambda _: (counts, {}))
+
+
+def _write(questions_url: str, references_url: str, index: int, questions: pa.Table, references: pa.Table) -> None:
+    write_shard(questions_url, shard_name(index), questions, {})
+    write_shard(references_url, shard_name(index), references, {})
 
 
 def _source_identity(campaign: Campaign) -> str:

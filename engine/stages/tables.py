@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +90,29 @@ def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None)
     The states' shape is (num_questions, num_layers, width), with ``num_layers`` 1 where one ``layer`` is asked for.
     """
     ids: list[str] = []
-    states = []
-    kept = slice(None) if layer is None else [layers_of(extracted).index(layer)]
-    for name in extracted.shard_names():
-        table = read_shard(extracted.url, name)
-        table = table.filter(pc.is_in(table["question_id"], pa.array(wanted, pa.string())))
-        ids += table["question_id"].to_pylist()
-        states.append(shard_states(table, extracted)[:, kept])
+    states: list[np.ndarray] = []
+    layers, values = layers_of(extracted), pa.array(wanted, pa.string())
+    kept = slice(None) if layer is None else [layers.index(layer)]
+    names = extracted.shard_names()
+    for name in names:
+        is_wanted = pc.is_in(read_shard(extracted.url, name, ["question_id"])["question_id"], values)
+        # States are most of what a run holds: of a shard without any of the questions they stay unread.
+        if (name == names[-1] and not states) or pc.any(is_wanted).as_py():
+            table = read_shard(extracted.url, name).filter(is_wanted)
+            ids += table["question_id"].to_pylist()
+            states.append(stored_states(table, len(layers))[:, kept])
     order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
     return [ids[index] for index in order], np.concatenate(states)[order]
 
 
-def shard_states(table: pa.Table, extracted: Stage) -> np.ndarray:
-    """States of a shard, shape (num_rows, num_layers, width)."""
-    return stored_states(table, len(layers_of(extracted)))
+def each_states(extracted: Stage, layer: int) -> Iterator[np.ndarray]:
+    """States of one layer, shard by shard, shape (num_rows, width)."""
+    layers = layers_of(extracted)
+    for name in extracted.shard_names():
+        yield stored_states(read_shard(extracted.url, name), len(layers))[:, layers.index(layer)]
 
 
 def layers_of(extracted: Stage) -> list[int]:
+    """Layers that a stage's states hold. Reads the stage's manifest: to be asked once, not for every shard."""
     path = f"{extracted.path}/{extracted.shard_names()[0]}"
     return stored_layers(pq.read_schema(path, filesystem=extracted.run.fs))

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.trainer import run_canary, run_training, write_rows
-from engine.artifacts import Stage
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actors.trainer import Workers, run_canary, run_training, write_rows
+from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import adapter_input, by_id
+from engine.stages.tables import adapter_input, among, by_id
 from ka2l.canary import check_canary
 from ka2l.models import load_tokenizer
 from ka2l.prompts import Prompter
 from ka2l.seeds import row_seed
-from ka2l.tuning import training_rows
+from ka2l.tuning import rehearsal_draw, rows_per_pass, training_rows
 
 _CANARY_PROMPTS = 8
+#: Questions that are rehearsed at most, unless training takes more; how many were sampled is for the config to say.
+_MOST_REHEARSED = 50_000
+#: Seed questions were sampled for the probe: their answers rehearse at no further cost.
+_OWN_ANSWERS = pc.field("purpose").isin(["probe", "rehearsal"])
 
 
 def tune(campaign: Campaign, round_index: int) -> None:
@@ -53,8 +62,6 @@ def tune(campaign: Campaign, round_index: int) -> None:
 
 
 def _training_rows(campaign: Campaign, answers: Sequence[Stage], own: Stage, prompter: Prompter) -> list[Any]:
-    table = campaign.stage("questions").table(["question_id", "question"])
-    text_of = by_id(table, "question")
     annotated = [
         (row["question_id"], prompter.text(row["question"]), row["answers"][0])
         for stage in answers
@@ -62,13 +69,37 @@ def _training_rows(campaign: Campaign, answers: Sequence[Stage], own: Stage, pro
     ]
     samples: dict[str, list[str]] = {}
     if campaign.config.tuning.rehearsal > 0:
-        # Seed questions were sampled for the probe: their answers rehearse at no further cost.
-        drawn = own.table(["question_id", "purpose", "sample_index", "answer"])
+        wanted = _OWN_ANSWERS
+        if (few := _drawn_to_rehearse(campaign, own, len(annotated))) is not None:
+            wanted = wanted & pc.field("question_id").isin(few)
+        drawn = own.table(["question_id", "sample_index", "answer"], wanted)
         for row in drawn.sort_by([("question_id", "ascending"), ("sample_index", "ascending")]).to_pylist():
-            if row["purpose"] in ("probe", "rehearsal"):
-                samples.setdefault(row["question_id"], []).append(row["answer"])
+            samples.setdefault(row["question_id"], []).append(row["answer"])
+    text_of = by_id(campaign.stage("questions").table(["question_id", "question"], among(samples)), "question")
     rehearsal = [(name, prompter.text(text_of[name]), kept) for name, kept in samples.items()]
     return training_rows(annotated, rehearsal, campaign.config.tuning, campaign.config.seed, chat=prompter.is_chat)
+
+
+def _drawn_to_rehearse(campaign: Campaign, own: Stage, num_annotated: int) -> pa.Array | None:
+    """Ids of the questions to rehearse where more were sampled than any training turns to; None where all are."""
+    config = campaign.config.tuning
+    needed = rows_per_pass(config, num_annotated, 2**62) - num_annotated if num_annotated else 0
+    most = max(_MOST_REHEARSED, math.ceil(config.num_epochs) * needed)
+    columns = ["question_id"]
+    shards = own.shard_names()
+    sampled = [pc.count_distinct(read_shard(own.url, name, columns, _OWN_ANSWERS)["question_id"]) for name in shards]
+    if sum(count.as_py() for count in sampled) <= most:
+        return None
+    # Whatever the shards: those with the lowest hash, which also decides who is rehearsed at all.
+    best_ids, best = pa.array([], pa.string()), np.zeros(0, np.int64)
+    for name in shards:
+        ids = pc.unique(read_shard(own.url, name, columns, _OWN_ANSWERS)["question_id"])
+        draws = [rehearsal_draw(question_id, campaign.config.seed) for question_id in ids.to_pylist()]
+        best_ids, best = pa.concat_arrays([best_ids, ids]), np.concatenate([best, np.array(draws, np.int64)])
+        if len(best) > most:
+            rows = np.flatnonzero(best <= np.partition(best, most - 1)[most - 1])
+            best_ids, best = best_ids.take(pa.array(rows)), best[rows]
+    return best_ids
 
 
 def _train(
@@ -78,7 +109,7 @@ def _train(
     tuning = config.tuning
     with (
         campaign.events.progress(stage.label, 1, "steps") as progress,
-        campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker),
+        campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker, reserve=False),
     ):
 
         def on_progress(report: dict[str, Any]) -> None:
@@ -86,6 +117,7 @@ def _train(
                 progress.bar.update(progress.task, total=report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
                 campaign.events.emit("training_step", round=round_index, **report)
+                campaign.trackers.log_step(stage, report)
 
         metrics = run_training(
             model_path=campaign.model.path,
@@ -99,6 +131,8 @@ def _train(
             log_path=campaign.log_path(stage),
             on_progress=on_progress,
             chat=prompter.is_chat,
+            faults=config.faults,
+            tags=campaign.tags(stage),
         )
         progress.advance(metrics["num_steps"] - progress.done, f"loss {metrics['last_loss']:.3f}")
     return metrics
@@ -107,8 +141,7 @@ def _train(
 def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> dict[str, Any]:
     """PEFT's side of the canary; the next observation checks the serving engine against it."""
     config = campaign.config
-    table = campaign.stage("questions").table(["question_id", "question"]).sort_by("question_id")
-    prompts = [prompter.text(question) for question in table["question"].to_pylist()[:_CANARY_PROMPTS]]
+    prompts = [prompter.text(question) for question in _first_questions(campaign.stage("questions"), _CANARY_PROMPTS)]
     gpus = min(1.0, config.tuning.gpus_per_worker)
     arguments = {
         "model_path": campaign.model.path,
@@ -120,7 +153,17 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
         "trust_remote_code": campaign.model.trust_remote_code,
         "chat": prompter.is_chat,
     }
-    with campaign.hold(1, config.tuning.cpus_per_worker, gpus):
-        result = run_canary(arguments, cpus=config.tuning.cpus_per_worker, gpus=gpus, log_path=log)
+    cpus = config.tuning.cpus_per_worker
+    with campaign.hold(1, cpus, gpus) as placement:
+        result = run_canary(arguments, Workers("tuning", 1, cpus, gpus, config.faults, placement), log)
     check_canary(result)
     return result
+
+
+def _first_questions(questions: Stage, count: int) -> list[str]:
+    """The questions with the lowest ids."""
+    first: list[pa.Table] = []
+    for name in questions.shard_names():
+        rows = pa.concat_tables([*first, read_shard(questions.url, name, ["question_id", "question"])])
+        first = [rows.take(pc.select_k_unstable(rows, count, [("question_id", "ascending")]))]
+    return first[0]["question"].to_pylist()

@@ -66,6 +66,24 @@ def test_a_stage_that_can_do_with_fewer_workers_begins_with_fewer() -> None:
     assert keys(queue) == ["rigid"]
 
 
+def test_where_there_is_not_enough_nobody_gets_more_than_its_share_of_the_work_that_is_left() -> None:
+    queue = LeaseQueue({"a": Capacity(8, 8)})
+    for run, left in (("large", 300.0), ("small", 100.0)):
+        queue.ask(Request(f"{run}/1", Capacity(1, 1), 8, 1, left=left))
+    assert {grant.key: len(grant.nodes) for grant in queue.grants()} == {"large/1": 6, "small/1": 2}
+    queue.give_back("large/1")
+    queue.forget("large")
+    queue.ask(Request("small/2", Capacity(1, 1), 8, 1, left=50.0))
+    assert [len(grant.nodes) for grant in queue.grants()] == [6]
+
+
+def test_where_there_is_enough_for_all_nobody_is_held_to_a_share() -> None:
+    queue = LeaseQueue({"a": Capacity(16, 16)})
+    for run, left in (("large", 1e6), ("small", 1.0)):
+        queue.ask(Request(f"{run}/1", Capacity(1, 1), 8, 1, left=left))
+    assert {grant.key: len(grant.nodes) for grant in queue.grants()} == {"large/1": 8, "small/1": 8}
+
+
 def test_others_pass_who_does_not_fit_until_its_patience_ends() -> None:
     clock = Clock()
     queue = LeaseQueue({"a": WHOLE}, patience_s=60, clock=clock)

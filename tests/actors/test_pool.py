@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import ray
 
+from actors.faults import FaultsConfig
+from actors.leases import Capacity
+from actors.placement import Placement, wait_until_free
 from actors.pool import HostPool
-from actors.shards import wait_until_free
 from ka2l.errors import ModelError, ResourcesBusyError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -36,6 +38,9 @@ class Doubler:
         if item == "deadly" and not (self.folder / "killed").exists():
             (self.folder / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if item == "hanging" and not (self.folder / "hung").exists():
+            (self.folder / "hung").touch()
+            time.sleep(600)
         if item == "both":
             deadline = time.monotonic() + 120
             while len(list(self.folder.glob("open-*"))) < 2 and time.monotonic() < deadline:
@@ -49,7 +54,9 @@ def pool(tmp_path: Path) -> Iterator[Callable[..., HostPool]]:
     made: list[HostPool] = []
 
     def make(**options: Any) -> HostPool:
-        defaults = {"replicas": 1, "cpus": 0.5, "gpus": 0.0, "log_path": None, "timeout_s": 60.0}
+        defaults = {
+            "placement": Placement(1), "cpus": 0.5, "gpus": 0.0, "log_path": None, "faults": FaultsConfig(),
+        }  # fmt: skip
         made.append(HostPool(partial(Doubler, tmp_path), **(defaults | options)))
         return made[-1]
 
@@ -76,7 +83,7 @@ def test_a_host_is_opened_once_for_all_calls_and_none_before_the_first(
 def test_replicas_work_side_by_side_and_those_without_room_are_not_waited_for(
     pool: Callable[..., HostPool], tmp_path: Path
 ) -> None:
-    made = pool(replicas=3, cpus=1.0)  # of two cores
+    made = pool(placement=Placement(3), cpus=1.0)  # of two cores
     assert dict(made.map("double", ["both", "both", "x"])) == {0: "bothboth", 1: "bothboth", 2: "xx"}
     assert num_opened(tmp_path) == 2
 
@@ -87,9 +94,9 @@ def test_closing_gives_the_cores_back_and_a_later_call_starts_anew(
     made = pool(cpus=2.0)
     list(made.map("double", [1]))
     with pytest.raises(ResourcesBusyError):
-        wait_until_free(2.0, 0.0, timeout_s=0.1)
+        wait_until_free(Capacity(2.0, 0.0), 1, timeout_s=0.1)
     made.close()
-    wait_until_free(2.0, 0.0, timeout_s=60.0)
+    wait_until_free(Capacity(2.0, 0.0), 1, timeout_s=60.0)
     assert list(made.map("double", [1])) == [(0, 2)]
     assert num_opened(tmp_path) == 2
 
@@ -109,6 +116,12 @@ def test_a_worker_that_dies_is_started_again_and_its_item_with_it(
     assert num_opened(tmp_path) == 2
 
 
-def test_asking_for_more_than_the_cluster_has_is_refused_at_once(pool: Callable[..., HostPool]) -> None:
-    with pytest.raises(ResourcesBusyError, match="wants 64 CPU"):
-        list(pool(cpus=64.0).map("double", [1]))
+def test_a_worker_that_hangs_is_ended_at_its_deadline_and_its_stack_is_in_the_log(
+    pool: Callable[..., HostPool], tmp_path: Path
+) -> None:
+    made = pool(faults=FaultsConfig(deadline_s=3.0), log_path=str(tmp_path / "log"))
+    assert dict(made.map("double", [1, "hanging"])) == {0: 2, 1: "hanginghanging"}
+    assert num_opened(tmp_path) == 2
+    log = (tmp_path / "log").read_text()
+    assert "Timeout (0:00:03)" in log
+    assert "in double" in log

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from actors.trainer import _Follower, read_rows, run_canary, run_training, write_rows
+from actors.trainer import Workers, _Follower, read_rows, run_canary, run_training, write_rows
 from ka2l.adapter import AdapterConfig
 from ka2l.errors import ModelError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
@@ -83,6 +84,25 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
 
 
 @pytest.mark.slow
+def test_training_whose_worker_is_killed_is_begun_again(llama: str, tmp_path: Path) -> None:
+    config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, dtype="float32")
+    steps: list[int] = []
+
+    def kill_at_the_first(report: dict[str, Any]) -> None:
+        steps.append(report["step"])
+        if len(steps) == 1:
+            for entry in Path("/proc").glob("[0-9]*/cmdline"):
+                if entry.read_text().startswith("ray::RayTrainWorker"):
+                    os.kill(int(entry.parent.name), signal.SIGKILL)
+
+    result = train(llama, tmp_path, config, on_progress=kill_at_the_first)
+    assert result["num_steps"] == 12
+    assert steps[-12:] == list(range(1, 13))
+    assert len(steps) > 12
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
 def test_an_error_raised_in_a_worker_arrives_as_it_was_raised(llama: str, tmp_path: Path) -> None:
     config = TuningConfig(max_steps=1, workers=2, adapter=AdapterConfig(target_modules=["no_such_layer"]))
     with pytest.raises(ModelError, match="no_such_layer") as caught:
@@ -122,4 +142,4 @@ def test_canary_runs_in_its_own_process_and_raises_its_own_errors(llama: str, tm
 
     arguments = {"model_path": llama, "adapter_dir": str(tmp_path / "none"), "prompts": ["A:"], "chat": False}
     with pytest.raises(ModelError, match="adapter_config"):
-        run_canary(arguments, cpus=1.0, gpus=0.0, log_path=str(tmp_path / "canary.log"))
+        run_canary(arguments, Workers("tuning", 1, 1.0, 0.0), str(tmp_path / "canary.log"))

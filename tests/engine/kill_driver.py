@@ -1,9 +1,10 @@
 """Runs a `ka2l` command in a process that ends itself with SIGKILL at a chosen point.
 
 ``KA2L_TEST_KILL`` is null or a JSON object: ``event``, ``stage``, ``round`` and ``count`` (the process dies right after
-the count-th such event is written; keys left out match anything), or the event ``before_commit`` with ``stage`` and
-``round`` (it dies when all files of the stage are there and the manifest is not). ``KA2L_TEST_LOG`` names a file that
-takes the ids of the questions that the annotator is asked.
+the count-th such event is written; keys left out match anything; ``signal`` is another one than SIGKILL), or the event
+``before_commit`` with ``stage`` and ``round`` (it dies when all files of the stage are there and the manifest is not).
+With ``poison``, ids of questions, it lives, and every stage fails over these. ``KA2L_TEST_LOG`` names a file that takes
+the ids of the questions that the annotator is asked.
 
 ``kill_driver.py --serve SOCKET`` waits for commands instead and forks a process for each: they save the imports, which
 are most of what a short command takes.
@@ -24,20 +25,24 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-import engine.campaign
+import pyarrow as pa
+
 import engine.cli
+import engine.jobs
+import engine.shard_run
 from actors.host import Stats
 from engine.artifacts import Manifest, Stage
 from engine.events import Events
 from ka2l.annotation import Annotation, ReferenceAnnotator
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(how: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), how)
 
 
 def kill_after_event(wanted: dict[str, Any], left: int) -> None:
     emit = Events.emit
+    how = wanted.pop("signal", signal.SIGKILL)
 
     def emit_and_die(self: Events, event: str, **fields: Any) -> None:
         nonlocal left
@@ -45,7 +50,7 @@ def kill_after_event(wanted: dict[str, Any], left: int) -> None:
         if wanted.items() <= ({"event": event} | fields).items():
             left -= 1
             if left == 0:
-                die()
+                die(how)
 
     Events.emit = emit_and_die  # type: ignore[method-assign]
 
@@ -61,13 +66,24 @@ def kill_before_commit(stage: str, round_index: int | None) -> None:
     Stage.commit = commit_or_die  # type: ignore[method-assign]
 
 
-class SlowHostJob(engine.campaign.HostJob):
+class SlowHostJob(engine.jobs.HostJob):
     """Leaves time to be killed between two shards. Defined in the main script, so it is pickled by value."""
 
     def run(self, name: str) -> tuple[int, Stats]:
         done = super().run(name)
         time.sleep(1.5)
         return done
+
+
+class PoisonedHostJob(engine.jobs.HostJob):
+    """Fails over some questions, whatever the stage."""
+
+    poison: frozenset[str] = frozenset()
+
+    def _process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
+        if self.poison & set(tables["questions"]["question_id"].to_pylist()):
+            raise ValueError("poison")
+        return super()._process(tables)
 
 
 def log_annotations(path: str) -> None:
@@ -86,12 +102,15 @@ def main() -> None:
     ReferenceAnnotator.batch_size = 5  # several batches, so that there is a middle
     if log := os.environ.pop("KA2L_TEST_LOG", ""):
         log_annotations(log)
+    if poison := kill.pop("poison", ()):
+        PoisonedHostJob.poison = frozenset(poison)
+        engine.shard_run.HostJob = PoisonedHostJob  # type: ignore[misc]
     if kill.get("event") == "before_commit":
         kill_before_commit(kill["stage"], kill["round"])
     elif kill:
         kill_after_event(kill, kill.pop("count", 1))
     if kill.get("event") == "shard_written":
-        engine.campaign.HostJob = SlowHostJob  # type: ignore[misc]
+        engine.shard_run.HostJob = SlowHostJob  # type: ignore[misc]
     engine.cli.main()
 
 

@@ -24,20 +24,20 @@ from engine.artifacts import (
     Manifest,
     RunDirectory,
     Stage,
-    filesystem,
     fingerprint,
     read_shard,
     shard_name,
-    write_bytes,
     write_shard,
 )
 from engine.config import RunConfig
 from engine.events import Events, read_events
+from engine.storage import filesystem, write_bytes
 from ka2l.errors import (
     DamagedShardError,
     RunDirectoryError,
     RunInUseError,
     StaleStageError,
+    StorageError,
     StorageFullError,
 )
 from ka2l.hidden_states import ExtractionConfig
@@ -203,7 +203,7 @@ class FailingDisk:
         (errno.ENOSPC, StorageFullError, "no space left while writing .*part-00000"),
         (errno.EDQUOT, StorageFullError, "no space left"),
         (errno.EACCES, RunDirectoryError, "not allowed to write .*part-00000"),
-        (errno.EIO, OSError, "went wrong"),
+        (errno.EIO, StorageError, "went wrong"),
     ],
 )
 def test_a_write_that_fails_half_way_leaves_no_file(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,14 +37,18 @@ class Pool(NamedTuple):
 def read(path: Path | str, seed: int = 0, shard_rows: int = 2000, **config: Any) -> Pool:
     bad: list[pa.Table] = []
 
-    def write(table: pa.Table) -> str:
-        assert table.schema == records.QUARANTINE
-        assert 0 < len(table) <= shard_rows
-        bad.append(table)
+    def write(tables: Iterator[pa.Table]) -> str:
+        bad.extend(tables)
+        assert bad
+        assert all(table.schema == records.QUARANTINE for table in bad)
         return "pool/quarantine.parquet"
 
     tables = read_pool(PoolConfig(path=str(path), **config), seed, write_quarantine=write, shard_rows=shard_rows)
-    shards = list(tables.shards)
+    with tempfile.TemporaryDirectory() as folder:
+        written = list(tables.write_shards(partial(write_both, folder)))
+        shards = [tuple(pq.read_table(f"{folder}/{name}-{index}") for name in "qr") for index, _ in written]
+    assert [index for index, _ in written] == list(range(len(written)))
+    assert [rows for _, rows in written] == [len(questions) for questions, _ in shards]
     for questions, references in shards:
         questions.validate(full=True)
         assert (questions.schema, references.schema) == (records.QUESTIONS, records.REFERENCES)
@@ -51,6 +58,12 @@ def read(path: Path | str, seed: int = 0, shard_rows: int = 2000, **config: Any)
     answers = {row["question_id"]: row["answers"] for _, references in shards for row in references.to_pylist()}
     assert len(answers) == len(rows) == tables.counts["usable"]
     return Pool(rows, answers, [row for table in bad for row in table.to_pylist()], tables.counts)
+
+
+def write_both(folder: str, index: int, questions: pa.Table, references: pa.Table) -> None:
+    """Called in a worker."""
+    pq.write_table(questions, f"{folder}/q-{index}")
+    pq.write_table(references, f"{folder}/r-{index}")
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -10,20 +10,33 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tensorboard_files import scalars
 
+from actors import metrics
 from engine.artifacts import RunDirectory
+from engine.events import read_events
 from engine.ledger import committed_stages
+from engine.trackers import round_figures
 
 pytestmark = pytest.mark.slow
 
 BIN = Path(sys.executable).parent
 #: Each node has one core, and each stage wants two workers of one core. The first round is enough.
-SPREAD = ["sampler.replicas=2", "extraction.replicas=2", "ray.address=auto", "budget.annotations=12"]
+SPREAD = [
+    "sampler.replicas=2",
+    "extraction.replicas=2",
+    "ray.address=auto",
+    "budget.annotations=12",
+    "trackers=[tensorboard]",
+]
 
 
 class Cluster(NamedTuple):
@@ -60,6 +73,11 @@ for actor in list_actors(limit=1000, detail=True):
     if actor.node_id:
         found[actor.class_name].add(actor.node_id)
 print(json.dumps({name: sorted(nodes) for name, nodes in found.items()}))
+"""
+ENDPOINTS = """
+import json, ray
+ray.init(log_to_driver=False)
+print(json.dumps([f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]))
 """
 
 
@@ -118,7 +136,15 @@ def submitted(cluster: Cluster, finished: Any, tmp_path_factory: pytest.TempPath
         *(str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--"),
         *(str(BIN / "ka2l"), "run", str(finished.files.config), "--run-dir", str(run_dir), "--resume", *options),
     ]
-    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False)
+    deadline = time.monotonic() + 90
+    while True:
+        done = subprocess.run(
+            command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False
+        )
+        # A node may be there some time before the agent on it that takes jobs.
+        if "No available agent" not in done.stderr or time.monotonic() > deadline:
+            break
+        time.sleep(1)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return run_dir
 
@@ -141,6 +167,37 @@ def test_its_workers_were_placed_on_both_nodes(submitted: Path, cluster: Cluster
     assert len(nodes) == 2
     assert workers
     assert set.union(*workers.values()) == nodes
+
+
+def test_rays_metrics_have_counted_the_rows_and_tokens_that_are_committed(submitted: Path, cluster: Cluster) -> None:
+    counted: Counter[tuple[str, str, str]] = Counter()
+    for endpoint in python(cluster, ENDPOINTS):
+        with urllib.request.urlopen(f"{endpoint}/metrics", timeout=30) as reply:
+            families = list(text_string_to_metric_families(reply.read().decode()))
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.labels.get("run") == submitted.name:
+                counted[sample.name, sample.labels["round"], sample.labels["stage"]] += sample.value
+    for name, index in [("observe", 0), ("extract", 0), ("annotate", 0), ("observe", 1), ("cluster", 1)]:
+        manifest = RunDirectory(submitted).stage(name, index).require()
+        shards = [entry for entry in manifest.files if entry.num_rows is not None]
+        assert counted[f"ray_{metrics.SHARDS}", str(index), name] == len(shards)
+        for item, metric in metrics.COUNTED_ITEMS.items():
+            assert counted[f"ray_{metric}", str(index), name] == manifest.cost.get(item, 0.0)
+        assert counted[f"ray_{metrics.SHARDS_MISSING}", str(index), name] == 0
+    assert counted[f"ray_{metrics.ROWS}", "", "references"] == 108
+
+
+def test_its_tracker_was_told_each_round_as_the_summary_has_it_and_every_training_step(submitted: Path) -> None:
+    found = list(scalars(submitted / "tensorboard"))
+    rounds = json.loads((submitted / "summary.json").read_text())["rounds"]
+    assert len(rounds) == 2
+    for row in rounds:
+        for key, value in round_figures(row).items():
+            told = [told for name, index, told in found if (name, index) == (f"round/{key}", row["round"])]
+            assert told == [pytest.approx(value, rel=1e-6)]
+    steps = [event for event in read_events(RunDirectory(submitted)) if event["event"] == "training_step"]
+    losses = [(index, told) for name, index, told in found if name == "training/loss"]
+    assert losses == [(event["step"], pytest.approx(event["loss"])) for event in steps]
 
 
 def test_without_the_token_the_cluster_is_closed(cluster: Cluster, finished: Any, tmp_path: Path) -> None:

@@ -488,15 +488,25 @@ def no_splits(num_rows: int) -> np.ndarray:
     return np.full(num_rows, -1, dtype=np.int8)
 
 
+def winners(*columns: Any) -> list[Any]:
+    """For each row the row kept instead of it, or -1; by question and by id."""
+    found = find_duplicates(*columns)
+    dense = [np.full(len(columns[0]), -1) for _ in found]
+    for column, repeats in zip(dense, found, strict=True):
+        assert (np.diff(repeats.rows) > 0).all()
+        column[repeats.rows] = repeats.kept
+    return dense
+
+
 def test_the_first_of_equal_questions_is_kept_and_ids_are_compared_among_the_kept() -> None:
-    by_question, by_id = find_duplicates(keys([5, 6, 5, 7, 6]), keys([1, 2, 2, 1, 9]), no_splits(5))
+    by_question, by_id = winners(keys([5, 6, 5, 7, 6]), keys([1, 2, 2, 1, 9]), no_splits(5))
     assert by_question.tolist() == [-1, -1, 0, -1, 1]
     assert by_id.tolist() == [-1, -1, -1, 0, -1]
 
 
 def test_of_equal_questions_in_given_splits_the_eval_row_is_kept() -> None:
     splits = np.array([SEED, CANDIDATE, EVAL, CANDIDATE, EVAL], dtype=np.int8)
-    by_question, by_id = find_duplicates(keys([5, 6, 5, 6, 5]), keys([1, 2, 3, 4, 5]), splits)
+    by_question, by_id = winners(keys([5, 6, 5, 6, 5]), keys([1, 2, 3, 4, 5]), splits)
     assert by_question.tolist() == [2, -1, -1, 1, 2]
     assert by_id.tolist() == [-1] * 5
 
@@ -506,7 +516,7 @@ def test_of_equal_questions_in_given_splits_the_eval_row_is_kept() -> None:
 def test_kept_rows_have_unique_questions_and_ids_and_each_other_row_names_a_kept_one(rows: list[Any]) -> None:
     questions, ids, splits = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
     explicit = np.array(splits, dtype=np.int8)
-    by_question, by_id = find_duplicates(keys(questions), keys(ids), explicit)
+    by_question, by_id = winners(keys(questions), keys(ids), explicit)
     kept = np.flatnonzero((by_question < 0) & (by_id < 0)).tolist()
     assert len({questions[i] for i in kept}) == len({ids[i] for i in kept}) == len(kept)
     for i in range(len(rows)):

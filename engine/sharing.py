@@ -1,0 +1,56 @@
+"""What the cells of a benchmark share instead of each loading its own: the model that compares answers, a teacher."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
+from actors.shared import Service, SharedEquivalence, SharedPool, joined
+from engine import build
+from engine.artifacts import Stage, fingerprint
+from engine.campaign import Campaign
+from ka2l.equivalence import Equivalence
+
+#: Cores of the service, and of a stage's worker that asks it: together no more than a worker with a model of its own.
+_SERVICE_CPUS, ASKING_CPUS = 0.75, 0.25
+
+
+@contextlib.contextmanager
+def shared_equivalence(campaign: Campaign, stage: Stage) -> Iterator[tuple[Equivalence | None, float]]:
+    """An equivalence that all cells ask, and the cores that a worker needs with it; None where it needs no model, or
+    the run is alone."""
+    config = campaign.config.equivalence
+    if campaign.leases is None or config.kind == "lexical" or config.endpoint is not None:
+        yield None, 1.0
+        return
+    service = Service(
+        key=fingerprint(kind="equivalence", **config.result_fields()),
+        make_host=partial(build.equivalence_host, config),
+        cpus=_SERVICE_CPUS,
+        gpus=0.0,
+        deadline_s=campaign.config.faults.deadline_s,
+        log_path=campaign.log_path(stage),
+    )
+    with joined(campaign.leases, service) as worker:
+        yield SharedEquivalence(worker), ASKING_CPUS
+
+
+def shared_teacher(campaign: Campaign, stage: Stage) -> SharedPool | None:
+    """The workers of a local teacher that all cells ask; None where the run is alone, or has no such teacher."""
+    config = campaign.config.annotator
+    if campaign.leases is None or config.kind != "local_teacher":
+        return None
+    key = fingerprint(kind="teacher", **config.result_fields())
+    services = [
+        Service(
+            key=f"{key}-{index}",
+            make_host=partial(build.teacher_host, config),
+            cpus=config.engine.cpus_per_replica,
+            gpus=config.engine.gpus_per_replica,
+            deadline_s=campaign.config.faults.deadline_s,
+            log_path=campaign.log_path(stage),
+        )
+        for index in range(config.engine.replicas)
+    ]
+    return SharedPool(campaign.leases, services, campaign.config.faults)
