@@ -40,8 +40,8 @@ def events_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def ran(finished: Any, ka2l: Any, tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """The campaign of `finished`, cut off after its first round, and a second model that is only observed; a third falls
-    over the first question. It is killed when the first cell is complete."""
+    """The campaign of `finished`, cut off after its first round, and a second model that is only observed; a third
+    falls over the first question. It is killed when the first cell is complete."""
     folder = tmp_path_factory.mktemp("benchmark")
     broken = tiny_models("qwen2.5", vocab_size=32)  # its tokenizer has more
     values = finished.files.values

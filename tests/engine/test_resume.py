@@ -27,8 +27,8 @@ POOL: list[dict[str, Any]] = [
     {"event": "shard_written", "stage": "references", "count": 3},
     {"event": "stage_committed", "stage": "references"},
 ]
-#: Where a run is killed: with part of a stage's work done, of which there is each kind here, between a stage's files and
-#: its manifest, and right after that. benchmarks/bench_chaos.py kills runs anywhere.
+#: Where a run is killed: with part of a stage's work done, of which there is each kind here, between a stage's files
+#: and its manifest, and right after that. benchmarks/bench_chaos.py kills runs anywhere.
 POINTS: list[dict[str, Any]] = [
     {"event": "shard_written", "stage": "observe", "round": 1},
     {"event": "shard_written", "stage": "extract", "round": 1},
