@@ -186,15 +186,8 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
-    columns = (
-        Column("cell", no_wrap=True),
-        Column("status", no_wrap=True),
-        "round",
-        "annotated",
-        "accuracy",
-        "seconds",
-    )
-    table = Table(*columns, caption_justify="left")
+    whole = (Column(name, no_wrap=True) for name in ("cell", "status", "round", "annotated", "accuracy", "seconds"))
+    table = Table(*whole, caption_justify="left")
     errors = []
     for cell in cells:
         state = states[cell.name] if states is not None else read_state(root, cell.name)

@@ -666,26 +666,31 @@ def _print_summary(target: RunDirectory, out: Console) -> None:
     out.print(table)
 
 
-class Terminated(KeyboardInterrupt):
-    """Told to end by SIGTERM, as by a scheduler that wants the machine back: ends as after Ctrl-C."""
-
-
-def _terminate(*_: object) -> None:
-    raise Terminated
+#: What a shell says of a process that Ctrl-C or SIGTERM has ended.
+_INTERRUPTED, _TERMINATED = 130, 143
 
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 the user must change something, 3 paused for annotations, 1 a fault of ours."""
-    signal.signal(signal.SIGTERM, _terminate)
+    code = _INTERRUPTED
+
+    def terminate(*_: object) -> None:
+        """A scheduler wants the machine back: ends as after Ctrl-C."""
+        nonlocal code
+        code = _TERMINATED
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == _INTERRUPTED:  # typer makes a value of it
+            raise KeyboardInterrupt
     except KA2LError as error:
         word, style = ("paused", "bold yellow") if isinstance(error, AnnotationsPending) else ("error", "bold red")
         console.print(f"{word}: {error}", style=style, markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as interrupt:
+    except KeyboardInterrupt:
         console.print("interrupted; what is committed is safe: ka2l resume RUN_DIR", highlight=False)
-        sys.exit(143 if isinstance(interrupt, Terminated) else 130)
+        sys.exit(code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # wrong usage, as typer words it
             console.print(f"error: {error.format_message()}", markup=False, highlight=False, soft_wrap=True)

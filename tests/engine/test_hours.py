@@ -164,7 +164,7 @@ def test_a_run_whose_hours_end_in_the_middle_of_tuning_is_complete_within_them_a
     later = ("tune", "round-001", "round-002", "events.jsonl", "summary.json", "ledger.parquet", "*.html")
     shutil.copytree(finished.run_dir, run_dir, ignore=shutil.ignore_patterns(*later))
     run = RunDirectory(run_dir)
-    cap = (worked_seconds(run) + 25 + TEARDOWN_S) / 3600
+    cap = (worked_seconds(run) + 16 + TEARDOWN_S) / 3600
     options = ["--set", f"budget.hours={cap}", "--set", "tuning.max_steps=1000000"]
     ended = ka2l("resume", run_dir, *options, *on_cluster)
     assert ended.returncode == 0, ended.stderr

@@ -98,6 +98,8 @@ def cluster() -> Iterator[Cluster]:
         started = []
 
         def begin(*words: str) -> None:
+            # Ray's agents, which take jobs, would all listen at one port of this machine.
+            words = (*words, f"--dashboard-agent-listen-port={free_port()}")
             own = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
             log = (Path(folder) / f"start-{len(started)}.log").open("w")
             started.append(subprocess.Popen([*start, *words], env=own, stdout=log, stderr=log, start_new_session=True))
@@ -136,7 +138,7 @@ def submitted(cluster: Cluster, finished: Any, tmp_path_factory: pytest.TempPath
         *(str(BIN / "ray"), "job", "submit", "--address", cluster.dashboard, "--"),
         *(str(BIN / "ka2l"), "run", str(finished.files.config), "--run-dir", str(run_dir), "--resume", *options),
     ]
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 60
     while True:
         done = subprocess.run(
             command, env=cluster.environment, capture_output=True, text=True, timeout=500, check=False
