@@ -33,9 +33,9 @@ POINTS: list[dict[str, Any]] = [
     {"event": "shard_written", "stage": "observe", "round": 1},
     {"event": "shard_written", "stage": "extract", "round": 1},
     {"event": "shard_written", "stage": "feedback", "round": 1, "signal": signal.SIGTERM},
+    {"event": "before_commit", "stage": "select", "round": 1},
     {"event": "shard_written", "stage": "annotate", "round": 1, "count": 2},
     {"event": "training_step", "round": 1},
-    {"event": "before_commit", "stage": "tune", "round": 1},
     {"event": "stage_committed", "stage": "tune", "round": 1},
 ]
 #: Stages that go on with their whole shards; all others are made in one go.
