@@ -125,9 +125,10 @@ def memory_of_tree(root: int) -> Iterator[tuple[str, float, float]]:
             try:
                 # The name, in brackets, may hold anything; the parent is the second field after it.
                 parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                names[int(folder.name)] = (
-                    (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                )
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                # A forked process has the command line of the one that it was forked from, but a name of its own.
+                name = (folder / "comm").read_text().strip()
+                names[int(folder.name)] = name if name == "ka2l-cell" else command
             except (OSError, IndexError):
                 continue
     wanted = {root}
@@ -146,8 +147,10 @@ def kind_of(command: str) -> str:
     """What a process is for, from its command line."""
     if command.startswith("ray::"):
         return command.split()[0].split("(")[0]
-    if "engine.cli run" in command:
+    if command.startswith("ka2l-cell") or "engine.cli run" in command:
         return "driver of a cell"
+    if "multiprocessing.forkserver" in command:
+        return "what cells are forked from"
     if "engine.cli benchmark" in command:
         return "coordinator"
     return "Ray itself"
