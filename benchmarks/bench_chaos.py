@@ -23,10 +23,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from machine import write_result
@@ -135,6 +135,8 @@ class Run:
             "RAY_TMPDIR": ray_files,
             "TMPDIR": ray_files,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": "a-token-of-the-benchmark-0123456789abcdef",
             "RAY_worker_niceness": "0",
         }
 
@@ -256,7 +258,8 @@ def live_through(run: Run, wanted: list[str], typical_s: float) -> tuple[list[Fa
         struck: list[str] = []
         while left and run.running and not set(struck) & set(ENDING):
             with suppress(subprocess.TimeoutExpired):
-                driver.wait(run.draw.uniform(0.0, 2 * typical_s / (len(wanted) + 1)))
+                # Now soon after the last, now late: early stages are begun most often.
+                driver.wait(run.draw.choice([0.2, 1.0]) * run.draw.uniform(0.0, typical_s))
             stage, at_s = run.stage(), time.monotonic() - begun
             if run.strike(left[0]):
                 struck.append(left.pop(0))
@@ -387,9 +390,20 @@ def main() -> None:
         struck = ", ".join(f"{fault.kind}@{fault.stage or 'start'}" for fault in done.faults)
         print(f"seed {seed}: {done.nodes} node(s), {struck}; resumed {done.num_resumed} times, {done.seconds:.0f} s; "
               + ("; ".join(done.problems) or "as undisturbed"), flush=True)  # fmt: skip
+        write_result("chaos", summary(trials, typical_s, None), arguments.out)
     orphans = wait_for_end(folder, 180)
+    print(f"wrote {write_result('chaos', summary(trials, typical_s, orphans), arguments.out)}")
+    if not arguments.keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    for leftover in Path("/tmp").glob("ka2l-chaos-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    sys.exit(bool(orphans) or any(done.problems for done in trials))
+
+
+def summary(trials: Sequence[Trial], typical_s: float, orphans: list[str] | None) -> dict[str, Any]:
+    """What has happened so far; ``orphans`` None where nobody has looked for them yet."""
     counts = Counter(fault.kind for done in trials for fault in done.faults)
-    result = {
+    return {
         "num_faults": counts.total(),
         "faults": dict(counts),
         "stages_struck": dict(Counter(fault.stage or "start" for done in trials for fault in done.faults)),
@@ -400,12 +414,6 @@ def main() -> None:
         "undisturbed_s": round(typical_s, 1),
         "trials": [done._asdict() | {"faults": [fault._asdict() for fault in done.faults]} for done in trials],
     }
-    print(f"wrote {write_result('chaos', result, arguments.out)}")
-    if not arguments.keep:
-        shutil.rmtree(folder, ignore_errors=True)
-    for leftover in Path("/tmp").glob("ka2l-chaos-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    sys.exit(bool(orphans) or any(done.problems for done in trials))
 
 
 if __name__ == "__main__":
