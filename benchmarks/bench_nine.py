@@ -30,7 +30,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from bench_schedule import replay
 from machine import write_result
+
+from engine.artifacts import RunDirectory
+from engine.config import parse_config
+from engine.ledger import committed_stages
+from engine.meter import workers
 
 HERE = Path(__file__).resolve().parent
 #: Kind of question -> its answer for everything: what a random model cannot know, and tuning can teach.
@@ -47,7 +53,7 @@ CONFIG: dict[str, Any] = {
     "selection": {"budget": 40},
     "tuning": {"max_steps": 30, "batch_size": 16, "learning_rate": 0.01, "num_rehearsal_samples": 2, "max_length": 64},
 }
-RAY = {"address": "local", "num_cpus": 2}
+RAY: dict[str, Any] = {"address": "local", "num_cpus": 2}
 
 
 def build_models(folder: Path) -> dict[str, Path]:
@@ -198,6 +204,18 @@ def most_at_once(run_dir: Path) -> int:
     return most
 
 
+def stages_of(run_dir: Path, seconds: float) -> list[tuple[float, float]]:
+    """(CPUs that workers held, seconds) of each stage of a run that took ``seconds``, what lies between them first."""
+    run = RunDirectory(run_dir)
+    config = parse_config((run_dir / "config.yaml").read_text())
+    chain = []
+    for stage in committed_stages(run):
+        manifest = stage.require()
+        held = stage.name in ("observe", "cluster", "extract", "feedback", "tune")
+        chain.append((workers(stage.name, config)[0] if held else 0.0, manifest.seconds))
+    return [(0.0, max(0.0, seconds - sum(item[1] for item in chain))), *chain]
+
+
 def main() -> None:
     """Build, run, compare, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,6 +236,7 @@ def main() -> None:
         print("alone", name, alone[name], flush=True)
     report = json.loads((run_dir / "benchmark.json").read_text())
     in_sum = sum(item.seconds for item in alone.values())
+    modelled = replay({name: stages_of(work / "alone" / name, alone[name].seconds) for name in models}, RAY["num_cpus"])
     path = write_result(
         "nine",
         {
@@ -226,6 +245,7 @@ def main() -> None:
             "makespan_s": together.seconds,
             "sum_alone_s": round(in_sum, 1),
             "makespan_over_sum_alone": round(together.seconds / in_sum, 4),
+            "makespan_modelled_s": round(modelled, 1),
             "most_cells_at_once": most_at_once(run_dir),
             "memory": "PSS of all processes of the tree, sampled every second; RSS counts shared pages repeatedly",
             "peak_pss_gib": together.peak_pss_gib,

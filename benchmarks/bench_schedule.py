@@ -130,6 +130,37 @@ def simulate(cells: dict[str, list[Stage]], num_gpus: int) -> dict[str, float]:
         ask(cell)
 
 
+def replay(cells: dict[str, list[tuple[float, float]]], cpus: float) -> float:
+    """Makespan of runs on one node, by the same queue, from what their stages took alone: (CPUs held, seconds) each.
+
+    Checks the model against a benchmark that was really run: `bench_nine.py` writes both.
+    """
+    clock = [0.0]
+    queue = LeaseQueue({"node": Capacity(cpus, 0)}, clock=lambda: clock[0])
+    at = dict.fromkeys(cells, 0)
+    ends: list[tuple[float, str]] = []
+
+    def ask(cell: str) -> None:
+        if at[cell] < len(cells[cell]):
+            held, seconds = cells[cell][at[cell]]
+            if held:
+                queue.ask(Request(cell, Capacity(held, 0), 1, 1))
+            else:
+                heapq.heappush(ends, (clock[0] + seconds, cell))
+
+    for cell in cells:
+        ask(cell)
+    while True:
+        for grant in queue.grants():
+            heapq.heappush(ends, (clock[0] + cells[grant.key][at[grant.key]][1], grant.key))
+        if not ends:
+            return clock[0]
+        clock[0], cell = heapq.heappop(ends)
+        queue.give_back(cell)
+        at[cell] += 1
+        ask(cell)
+
+
 def bounds(cells: dict[str, list[Stage]], num_gpus: int) -> dict[str, float]:
     """No schedule ends before either."""
     work = sum(stage.seconds(1) * stage.gpus for chain in cells.values() for stage in chain) / num_gpus
