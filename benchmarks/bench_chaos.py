@@ -258,8 +258,7 @@ def live_through(run: Run, wanted: list[str], typical_s: float) -> tuple[list[Fa
         struck: list[str] = []
         while left and run.running and not set(struck) & set(ENDING):
             with suppress(subprocess.TimeoutExpired):
-                # Now soon after the last, now late: early stages are begun most often.
-                driver.wait(run.draw.choice([0.2, 1.0]) * run.draw.uniform(0.0, typical_s))
+                driver.wait(run.draw.uniform(0.0, 0.4 * typical_s))
             stage, at_s = run.stage(), time.monotonic() - begun
             if run.strike(left[0]):
                 struck.append(left.pop(0))
@@ -339,7 +338,7 @@ def trial(config: Path, folder: Path, seed: int, reference: Path, typical_s: flo
     kinds = ["driver", "worker", "worker", "trainer", "storage", "storm", "hang"] + (
         ["node"] if num_nodes == 2 else ["raylet"]
     )
-    wanted = [draw.choice(kinds) for _ in range(draw.randint(3, 7))]
+    wanted = [draw.choice(kinds) for _ in range(draw.randint(4, 9))]
     while wanted.count("node") > 1:
         wanted.remove("node")
     run = Run(config, folder, seed, num_nodes)
