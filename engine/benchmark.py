@@ -186,8 +186,10 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
-    whole = (Column(name, no_wrap=True) for name in ("cell", "status", "round", "annotated", "accuracy", "seconds"))
-    table = Table(*whole, caption_justify="left")
+    # Where there is little room the name gives way; in a pipe there may be 80 columns.
+    names = ("status  ", "round", "annotated", "accuracy", "seconds")
+    whole = (Column(name, no_wrap=True, min_width=len(name)) for name in names)
+    table = Table(Column("cell", overflow="fold"), *whole, caption_justify="left")
     errors = []
     for cell in cells:
         state = states[cell.name] if states is not None else read_state(root, cell.name)
