@@ -25,7 +25,7 @@ from actors.host import redirect_output, set_num_threads
 from actors.metrics import Tags, show_gpu_memory
 from actors.placement import Placement
 from actors.shards import original_error
-from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError
+from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError, first_line
 from ka2l.records import TrainingRow
 from ka2l.tuning import TuningConfig
 
@@ -237,7 +237,7 @@ def run_remote(work: Callable[[], Any], what: str, workers: Workers, log_path: s
         found = original_error(error)
         if isinstance(found, KA2LError):
             raise found from error
-        raise StageFailedError(f"{what} could not run: {_first_line(error)}") from error
+        raise StageFailedError(f"{what} could not run: {first_line(error, 'no message')}") from error
 
 
 @ray.remote
@@ -264,11 +264,11 @@ def _fit(trainer: Any, workers: Workers, log: Path) -> Any:
         if isinstance(error, ControllerError):
             raise ResourcesBusyError(
                 f"Ray could not start {workers.num_workers} {workers.section} worker(s) of {workers.cpus:g} CPU and "
-                f"{workers.gpus:g} GPU: {_first_line(error.controller_failure)}",
+                f"{workers.gpus:g} GPU: {first_line(error.controller_failure, 'no message')}",
                 hint=f"Lower cpus_per_worker or gpus_per_worker of {workers.section}, or its workers.",
             ) from error
         causes = _causes(error)
-        reason = next((f"{type(cause).__name__}: {_first_line(cause)}" for cause in causes), str(error))
+        reason = next((f"{type(cause).__name__}: {first_line(cause, 'no message')}" for cause in causes), str(error))
         lost = any(isinstance(cause, ray.exceptions.RayError) for cause in causes)
         raise (WorkerLostError if lost else StageFailedError)(
             f"{workers.section.capitalize()} failed: {reason}\nLast lines of {log}:\n{_tail(log)}"
@@ -365,7 +365,3 @@ def _tail(path: Path) -> str:
         return "(no log)"
     with open(path, encoding="utf-8", errors="replace") as file:
         return "".join(deque(file, maxlen=LOG_LINES)).rstrip()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

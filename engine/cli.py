@@ -25,6 +25,7 @@ from ka2l.errors import (
     RunDirectoryError,
     StageFailedError,
     StaleStageError,
+    first_line,
 )
 
 if TYPE_CHECKING:
@@ -559,9 +560,8 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
         try:
             check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"cannot use the model in {model.path}: {reason}", hint="Check its config.json."
+                f"cannot use the model in {model.path}: {first_line(error)}", hint="Check its config.json."
             ) from error
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ka2l.errors import ConfigError
+from ka2l.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from engine.config import RayConfig
@@ -74,7 +74,7 @@ class RaySession:
             except (ray.exceptions.AuthenticationError, ConnectionError) as error:
                 # Something answers there, so it is mostly the token that is wrong.
                 raise ConfigError(
-                    f"the Ray cluster at {address} does not let this command in: {_first_line(error)}",
+                    f"the Ray cluster at {address} does not let this command in: {first_line(error)}",
                     hint="Does it ask for a token? Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the "
                     "cluster's token (~/.ray/auth_token where it was started).",
                 ) from error
@@ -115,10 +115,6 @@ def _explained(error: RuntimeError, address: str) -> Exception:
         f"the Ray cluster at {address} has {there}; this command has {here}",
         hint="Run ka2l in the cluster's environment (cluster/README.md), or set ray.address=local to start Ray here.",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def cluster_address(config: RayConfig) -> str | None:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from actors.host import Stats
 from engine.artifacts import ATTEMPTS, Failure, add_up
 from engine.storage import filesystem, read_bytes, write_bytes
-from ka2l.errors import KA2LError
+from ka2l.errors import KA2LError, first_line
 
 #: Deaths of workers over the same questions before these are halved, and over one question before it is set aside.
 _DEATHS = 2
@@ -135,7 +135,7 @@ class _Isolation:
                 raise
             except Exception as error:
                 if num_rows <= 1:
-                    self._set_aside(start, f"{type(error).__name__}: {_first_line(error)}", error)
+                    self._set_aside(start, f"{type(error).__name__}: {first_line(error, 'no message')}", error)
                     return
         elif num_rows <= 1:
             reason = f"{num_deaths} workers died over it: killed, out of memory, or longer than faults.deadline_s"
@@ -162,7 +162,3 @@ class _Isolation:
         if error is not None and self.num_in_a_row >= _HOPELESS:
             raise error
         self.failures.append(Failure(self.tables["questions"]["question_id"][row].as_py(), reason[:500]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0]

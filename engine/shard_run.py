@@ -15,7 +15,7 @@ from actors.shards import ShardDone, is_workers_loss, map_shards
 from engine.artifacts import Stage
 from engine.events import StageProgress
 from engine.jobs import DEATHS, FAILED, HostJob, ShardInput
-from ka2l.errors import TooManyFailuresError
+from ka2l.errors import TooManyFailuresError, first_line
 
 if TYPE_CHECKING:
     from engine.campaign import Campaign
@@ -135,7 +135,7 @@ class ShardRun:
     def _say_lost(self, error: BaseException) -> None:
         stage = self.stage
         count_worker_restarts(self.tags, self.replicas)
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         self.campaign.events.emit("workers_lost", stage=stage.name, round=stage.round_index, reason=said)
         self.campaign.events.say(f"{stage.label:<22} {said}; {self._named_missing()}: its workers are replaced")
 

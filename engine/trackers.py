@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ka2l.errors import ConfigError, KA2LError
+from ka2l.errors import ConfigError, KA2LError, first_line
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -163,7 +163,7 @@ def open_trackers(config: RunConfig, run: RunDirectory, events: Events) -> Track
                 _report(events, name, error)
                 continue
             raise ConfigError(
-                f"the tracker {name} cannot be started: {_first_line(error)}",
+                f"the tracker {name} cannot be started: {first_line(error)}",
                 hint=f"Check its address and login, or leave {name} out of trackers.",
             ) from error
         if name == "tensorboard" and not run.is_local:
@@ -283,9 +283,5 @@ def _flat(config: RunConfig) -> dict[str, Any]:
 
 def _report(events: Events, name: str, error: Exception) -> None:
     with contextlib.suppress(KA2LError):  # a full disk is the run's own error to report
-        events.say(f"the tracker {name} fails and is switched off: {_first_line(error)}")
-        events.emit("tracker_failed", tracker=name, error=_first_line(error))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        events.say(f"the tracker {name} fails and is switched off: {first_line(error)}")
+        events.emit("tracker_failed", tracker=name, error=first_line(error))

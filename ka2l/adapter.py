@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from ka2l.errors import ConfigError, ModelError
+from ka2l.errors import ConfigError, ModelError, first_line
 from ka2l.models import ModelConfig, load_causal_lm
 from ka2l.models import load_tokenizer as _load_tokenizer
 from ka2l.section import Section
@@ -70,7 +70,7 @@ def new_adapter(base: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     try:
         model = get_peft_model(base, lora)
     except ValueError as error:
-        raise _target_error(base, f"LoRA cannot be put on the model: {_first_line(error)}") from error
+        raise _target_error(base, f"LoRA cannot be put on the model: {first_line(error)}") from error
     # TRL computes the loss from the LM head's own weight, so an adapter on it would never be trained.
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise _target_error(base, "tuning.adapter.target_modules: the LM head cannot be adapted.")
@@ -87,7 +87,7 @@ def load_adapter(base: PreTrainedModel, adapter_dir: str, trainable: bool = Fals
     try:
         return PeftModel.from_pretrained(base, adapter_dir, is_trainable=trainable)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the adapter in {adapter_dir}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the adapter in {adapter_dir}: {first_line(error)}") from error
 
 
 def _check_targets(base: PreTrainedModel, targets: str | list[str]) -> None:
@@ -118,10 +118,6 @@ def save_adapter(model: PeftModel, model_path: str, output_dir: str) -> None:
     if isinstance(fields["target_modules"], list):  # a set in PEFT, in any order
         fields["target_modules"].sort()
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def check_adapter(model_path: str, config: AdapterConfig, trust_remote_code: bool = False) -> None:

@@ -45,6 +45,11 @@ class KA2LError(Exception):
         return f"{self.message}\n  {self.hint}" if self.hint else self.message
 
 
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """What an error says, in one line; ``otherwise``, or the name of its class, where it says nothing."""
+    return (str(error).strip() or otherwise or type(error).__name__).splitlines()[0]
+
+
 def _rebuild(cls: type[KA2LError], message: str, hint: str | None) -> KA2LError:
     return cls(message, hint=hint)
 

@@ -18,7 +18,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ka2l.errors import PoolError
+from ka2l.errors import PoolError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -143,7 +143,7 @@ def load_dataset(path: str, hf_name: str | None = None, hf_split: str = "train")
         name = hf_name if hf_name is not None or known is None else known.hf_name
         return datasets.load_dataset(path, name, split=hf_split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as err:
-        detail = (str(err).strip().splitlines() or [type(err).__name__])[0]
+        detail = first_line(err)
         raise PoolError(
             f"pool.path {path!r} is no existing path, and loading it as a Hugging Face dataset "
             f"(hf_name={hf_name!r}, hf_split={hf_split!r}) failed: {detail}",
