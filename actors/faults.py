@@ -26,15 +26,12 @@ class FaultsConfig(Section):
 
 
 @contextlib.contextmanager
-def deadline(seconds: float | None) -> Iterator[None]:
+def deadline(seconds: float) -> Iterator[None]:
     """End this process, with a traceback of all its threads on stderr, where the block takes longer than ``seconds``.
 
     The clock is a thread of C code, so that it also ends what hangs inside a library. Ray then starts the worker again.
     Deadlines do not nest: one inside another takes its place.
     """
-    if seconds is None:
-        yield
-        return
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:
         yield

@@ -17,7 +17,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 from pydantic import BaseModel, ValidationError
 
-from engine.storage import clear_storage_errors, filesystem, persistently, read_bytes, write_bytes
+from engine.storage import clear_storage_errors, filesystem, persistently, read_bytes, write_bytes, written_whole
 from ka2l.errors import DamagedShardError, RunDirectoryError, RunInUseError, StaleStageError
 from ka2l.metrics import json_safe
 from ka2l.records import SCHEMA_VERSION
@@ -337,7 +336,6 @@ class Stage:
     ) -> Manifest:
         """List every file of the folder in the manifest and write it last. Only the driver calls this."""
         files = []
-        self.forget_attempts()
         with contextlib.suppress(OSError):
             self.run.fs.delete_dir(f"{self.path}/{ATTEMPTS}")
         for info in sorted(self.run.list_files(self.path), key=lambda info: info.path):
@@ -461,23 +459,15 @@ class RunDirectory:
     def write_tables(self, name: str, tables: Iterable[pa.Table]) -> str:
         """Write tables of one schema as they come, as one Parquet file at the top of the run directory, whole or not at
         all. Returns where."""
-        path, temporary = f"{self.path}/{name}", f"{self.path}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
-        with clear_storage_errors(path), contextlib.ExitStack() as ended:
-            self.fs.create_dir(self.path, recursive=True)
-            ended.callback(self._delete_quietly, temporary)
-            with contextlib.ExitStack() as opened:
-                writer = None
-                for table in tables:
-                    if writer is None:
-                        stream = opened.enter_context(self.fs.open_output_stream(temporary))
-                        writer = opened.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
-                    writer.write_table(table)
-            self.fs.move(temporary, path)
+        path = f"{self.path}/{name}"
+        with clear_storage_errors(path), written_whole(self.fs, path) as temporary, contextlib.ExitStack() as opened:
+            writer = None
+            for table in tables:
+                if writer is None:
+                    stream = opened.enter_context(self.fs.open_output_stream(temporary))
+                    writer = opened.enter_context(pq.ParquetWriter(stream, table.schema, compression="zstd"))
+                writer.write_table(table)
         return f"{self.url}/{name}"
-
-    def _delete_quietly(self, path: str) -> None:
-        with contextlib.suppress(OSError):
-            self.fs.delete_file(path)
 
     def logs(self) -> str:
         """Local folder for the chatter of Ray, vLLM and the trainers."""

@@ -187,8 +187,8 @@ def leases_from(text: str | None) -> tuple[Leases | None, float]:
 def state_table(root: RunDirectory, cells: Iterable[Cell], states: Mapping[str, CellState] | None = None) -> Table:
     """A line for each cell: where it stands, in which round, how accurate. Reads files only."""
     # Where there is little room the name gives way; in a pipe there may be 80 columns.
-    names = ("status  ", "round", "annotated", "accuracy", "seconds")
-    whole = (Column(name, no_wrap=True, min_width=len(name)) for name in names)
+    widths = {"status": len("complete"), "round": 5, "annotated": 9, "accuracy": 8, "seconds": 7}
+    whole = (Column(name, no_wrap=True, min_width=width) for name, width in widths.items())
     table = Table(Column("cell", overflow="fold"), *whole, caption_justify="left")
     errors = []
     for cell in cells:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow import fs as pafs
 
 from actors.host import Stats
 from engine.artifacts import ATTEMPTS, Failure, add_up
@@ -80,8 +81,6 @@ class OpenAttempts:
 
     def begin(self) -> int:
         """Returns how many others have begun and not ended, dead or at it."""
-        from pyarrow import fs as pafs
-
         infos = self._fs.get_file_info(pafs.FileSelector(self._folder, allow_not_found=True))
         write_bytes(self._fs, self._path, b"")
         return sum(info.base_name.startswith("open-") for info in infos)

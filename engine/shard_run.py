@@ -56,11 +56,10 @@ class ShardRun:
         self.job = HostJob(make_host, inputs, stage.url, replicas, self.faults, self.tags)
         source = over or campaign.stage("questions")
         self.rows = {entry.path: entry.num_rows or 0 for entry in source.require().files if entry.num_rows is not None}
-        begun = stage.begun_shards()
         finished = stage.finished_shards()
         self.finished = [name for name in source.shard_names() if name in finished]
         self.missing = [name for name in source.shard_names() if name not in finished]
-        self.num_failed = sum(begun[name].get(FAILED, 0.0) for name in self.finished)
+        self.num_failed = len(stage.failures()) if finished else 0
         self.losses = 0
         """Times in a row that all workers were lost before any made a shard."""
 
@@ -119,7 +118,7 @@ class ShardRun:
         if failed:
             self.num_failed += failed
             events.emit("questions_failed", stage=stage.name, round=stage.round_index, shard=done.name, num=failed)
-        progress.advance(done.num_rows, f"{int(self.num_failed)} failed" if self.num_failed else None)
+        progress.advance(done.num_rows, f"{self.num_failed} failed" if self.num_failed else None)
         self._check_failures()
 
     def _check_failures(self) -> None:
@@ -128,7 +127,7 @@ class ShardRun:
             return
         examples = "; ".join(f"{name}: {reason}" for name, reason in self.stage.failures()[:3])
         raise TooManyFailuresError(
-            f"{self.stage.label}: {int(self.num_failed)} questions failed, {allowed} may ({examples})",
+            f"{self.stage.label}: {self.num_failed} questions failed, {allowed} may ({examples})",
             hint="Mend the cause and make the stage again with --redo-from, or raise faults.max_failed_share.",
         )
 

@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 _PAUSES_S = (0.2, 1.0, 5.0)
 #: What no further try would change.
 _LASTING = frozenset({
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTDIR,
     errno.EROFS, errno.ENAMETOOLONG,
 })  # fmt: skip
 
@@ -48,27 +48,25 @@ def persistently(work: Callable[[], _T], path: str) -> _T:
         RunDirectoryError: it is not permitted.
         OSError: no further try would change it, as with a file that is not there.
     """
+    pauses_s = iter(_PAUSES_S)
     with clear_storage_errors(path):
-        for pause_s in _PAUSES_S:
+        while True:
             try:
                 return work()
             except OSError as error:
-                if _is_lasting(error):
+                if error.errno in _LASTING or _is_full(error):
                     raise
-                time.sleep(pause_s * random.uniform(0.5, 1.5))
-        try:
-            return work()
-        except OSError as error:
-            if _is_lasting(error):
-                raise
-            raise StorageError(
-                f"the storage failed {len(_PAUSES_S) + 1} times over {path}: {error}",
-                hint="What is committed is safe: go on with `ka2l resume` once the storage is well.",
-            ) from error
+                pause_s = next(pauses_s, None)
+                if pause_s is None:
+                    raise StorageError(
+                        f"the storage failed {len(_PAUSES_S) + 1} times over {path}: {error}",
+                        hint="What is committed is safe: go on with `ka2l resume` once the storage is well.",
+                    ) from error
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
 
 
-def _is_lasting(error: OSError) -> bool:
-    return error.errno in _LASTING or "No space left" in str(error)
+def _is_full(error: OSError) -> bool:
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
 @contextlib.contextmanager
@@ -77,7 +75,7 @@ def clear_storage_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if _is_full(error):
             raise StorageFullError(
                 f"no space left while writing {path}",
                 hint="Free space or move the run directory, then `ka2l resume` it; what is committed is safe.",
@@ -93,12 +91,18 @@ def write_bytes(filesystem_: pafs.FileSystem, path: str, content: bytes) -> None
 
 
 def _write(filesystem_: pafs.FileSystem, path: str, content: bytes) -> None:
+    with written_whole(filesystem_, path) as temporary, filesystem_.open_output_stream(temporary) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def written_whole(filesystem_: pafs.FileSystem, path: str) -> Iterator[str]:
+    """Yields where to write a file; it is moved to its place at the end of the block, and is gone where that failed."""
     folder, name = path.rsplit("/", 1)
     temporary = f"{folder}/.tmp-{uuid.uuid4().hex[:8]}-{name}"
     try:
         filesystem_.create_dir(folder, recursive=True)
-        with filesystem_.open_output_stream(temporary) as stream:
-            stream.write(content)
+        yield temporary
         filesystem_.move(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

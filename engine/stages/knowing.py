@@ -24,6 +24,7 @@ from engine.stages.tables import (
     annotated_ids,
     by_id,
     eval_grades,
+    facts_asked,
     layers_of,
     load_stage_probe,
     make_table,
@@ -241,13 +242,9 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     bought = annotated_ids(campaign, round_index)
     counts, scores = _count_shards(stage, bought)
     correct = eval_grades(campaign, round_index)
-    questions = campaign.stage("questions")
-    fact_of = by_id(questions.table(["question_id", "fact"], among(correct)), "fact")
-    facts = pa.array(sorted({fact for fact in fact_of.values() if fact is not None}), pa.string())
-    is_asked = (pc.field("split") == "candidate") & pc.field("fact").isin(facts)
-    asks = by_id(questions.table(["question_id", "fact"], is_asked), "fact")
-    ranked = {fact: score for name, score in scores(asks).items() if (fact := asks[name]) is not None}
-    annotated = set(questions.table(["fact"], among(bought))["fact"].to_pylist()) - {None}
+    fact_of, asks = facts_asked(campaign, correct)
+    ranked: dict[str | None, float] = {asks[name]: score for name, score in scores(asks).items()}
+    annotated = set(campaign.stage("questions").table(["fact"], among(bought))["fact"].to_pylist()) - {None}
     pairs = [
         (not correct[name], ranked.get(fact_of[name], own))
         for name, own in scores(correct).items()

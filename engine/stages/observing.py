@@ -17,7 +17,7 @@ from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
 from engine.sharing import shared_equivalence
-from engine.stages.tables import adapter_input, among, by_id, eval_grades, num_rows
+from engine.stages.tables import adapter_input, by_id, eval_grades, facts_asked, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 
 
@@ -117,11 +117,8 @@ def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict
 def _by_place(campaign: Campaign, correct: dict[str, bool]) -> dict[str, Any]:
     """Accuracy on eval questions about facts that the pool's candidates ask for, and about others, of which only a
     decoded question can ask. Empty where the pool names no facts, or has none of one sort."""
-    questions = campaign.stage("questions")
-    fact_of = by_id(questions.table(["question_id", "fact"], among(correct)), "fact")
-    facts = pa.array(sorted({fact for fact in fact_of.values() if fact is not None}), pa.string())
-    is_asked = (pc.field("split") == "candidate") & pc.field("fact").isin(facts)
-    asked = set(questions.table(["fact"], is_asked)["fact"].to_pylist())
+    fact_of, asking = facts_asked(campaign, correct)
+    asked = set(asking.values())
     inside = [grade for name, grade in correct.items() if fact_of[name] in asked]
     outside = [grade for name, grade in correct.items() if fact_of[name] is not None and fact_of[name] not in asked]
     if not inside or not outside:

@@ -52,6 +52,16 @@ def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
     return by_id(graded.table(["question_id", "correct"], pc.field("purpose") == "eval"), "correct")
 
 
+def facts_asked(campaign: Campaign, ids: Iterable[str]) -> tuple[dict[str, str | None], dict[str, str]]:
+    """The fact that each of these questions asks for, None where it names none; and of the pool's candidates those that
+    ask for one of them, with the fact."""
+    questions = campaign.stage("questions")
+    fact_of = by_id(questions.table(["question_id", "fact"], among(ids)), "fact")
+    facts = pa.array(sorted({fact for fact in fact_of.values() if fact is not None}), pa.string())
+    asks_one = (pc.field("split") == "candidate") & pc.field("fact").isin(facts)
+    return fact_of, by_id(questions.table(["question_id", "fact"], asks_one), "fact")
+
+
 def asked_ids(campaign: Campaign, round_index: int) -> list[str]:
     """Questions that a round asks the annotator for: as many of the selected as the decoded ones leave room for, the
     best first, and these."""

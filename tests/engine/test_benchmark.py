@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from run_tables import check_same_tables
 
 from engine.artifacts import RunDirectory
 from engine.events import read_events
-from engine.ledger import committed_stages
 
 pytestmark = pytest.mark.slow
 
@@ -77,15 +77,8 @@ def test_cells_run_at_the_same_time(ran: Ran) -> None:
 
 
 def test_a_cell_comes_to_the_tables_of_the_same_run_alone(ran: Ran, finished: Any) -> None:
-    alone, cell = RunDirectory(finished.run_dir), RunDirectory(ran.run_dir / "cells" / CELLS["first"])
-    names = [(stage.name, stage.round_index) for stage in committed_stages(cell)]
-    assert {("tune", 0), ("cluster", 1)} <= set(names)
-    for name, index in names:
-        first, second = alone.stage(name, index), cell.stage(name, index)
-        assert bool(first.shard_names()) == bool(second.shard_names())
-        if first.shard_names():
-            columns = [column for column in first.table().column_names if column != "annotated_at"]
-            assert first.table(columns).equals(second.table(columns)), f"{name} of round {index} differs"
+    cell = RunDirectory(ran.run_dir / "cells" / CELLS["first"])
+    assert {("tune", 0), ("cluster", 1)} <= set(check_same_tables(cell, RunDirectory(finished.run_dir)))
 
 
 def test_what_was_committed_before_a_kill_is_not_made_again(ran: Ran) -> None:

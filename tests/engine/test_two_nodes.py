@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from run_tables import check_same_tables
 from tensorboard_files import scalars
 
 from actors import metrics
 from engine.artifacts import RunDirectory
 from engine.events import read_events
-from engine.ledger import committed_stages
 from engine.trackers import round_figures
 
 pytestmark = pytest.mark.slow
@@ -152,15 +152,7 @@ def submitted(cluster: Cluster, finished: Any, tmp_path_factory: pytest.TempPath
 
 
 def test_a_submitted_job_comes_to_the_tables_of_one_node(submitted: Path, finished: Any) -> None:
-    one, two = RunDirectory(finished.run_dir), RunDirectory(submitted)
-    stages = [(stage.name, stage.round_index) for stage in committed_stages(two)]
-    assert ("tune", 0) in stages
-    for name, index in stages:
-        first, second = one.stage(name, index), two.stage(name, index)
-        assert bool(first.shard_names()) == bool(second.shard_names())
-        if first.shard_names():
-            columns = [column for column in first.table().column_names if column != "annotated_at"]
-            assert first.table(columns).equals(second.table(columns)), f"{name} of round {index} differs"
+    assert ("tune", 0) in check_same_tables(RunDirectory(submitted), RunDirectory(finished.run_dir))
 
 
 def test_its_workers_were_placed_on_both_nodes(submitted: Path, cluster: Cluster) -> None:
