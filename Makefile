@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOCK := requirements/cpu.lock
 CHECKED := ka2l actors engine tests benchmarks
 
-.PHONY: setup quickstart test test-fast check format bench clean
+.PHONY: setup quickstart test test-all test-fast check format bench clean
 
 setup: $(VENV)/.installed
 
@@ -23,10 +23,13 @@ quickstart: setup
 	$(BIN)/ka2l run quickstart --run-dir runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: setup
+	$(BIN)/python -m pytest -m "not whole"
+
+test-all: setup
 	$(BIN)/python -m pytest
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not whole"
 
 check: setup
 	$(BIN)/ruff check $(CHECKED)

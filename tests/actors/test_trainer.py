@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from actors.trainer import Workers, _Follower, read_rows, run_canary, run_training, write_rows
@@ -91,9 +91,9 @@ def test_training_whose_worker_is_killed_is_begun_again(llama: str, tmp_path: Pa
     def kill_at_the_first(report: dict[str, Any]) -> None:
         steps.append(report["step"])
         if len(steps) == 1:
-            for entry in Path("/proc").glob("[0-9]*/cmdline"):
-                if entry.read_text().startswith("ray::RayTrainWorker"):
-                    os.kill(int(entry.parent.name), signal.SIGKILL)
+            for process in psutil.Process().children(recursive=True):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                    process.kill()
 
     result = train(llama, tmp_path, config, on_progress=kill_at_the_first)
     assert result["num_steps"] == 12

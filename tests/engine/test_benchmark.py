@@ -18,7 +18,7 @@ from run_tables import check_same_tables
 from engine.artifacts import RunDirectory
 from engine.events import read_events
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 CELLS = {name: f"{name}--pool--probe--0" for name in ("first", "second", "broken")}
 

@@ -26,7 +26,7 @@ from engine.artifacts import RunDirectory
 from engine.events import read_events
 from engine.trackers import round_figures
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 BIN = Path(sys.executable).parent
 #: Each node has one core, and each stage wants two workers of one core. The first round is enough.
