@@ -113,6 +113,59 @@ def teacher_messages(question: str, allow_abstain: bool = True) -> list[dict[str
     return [{"role": "user", "content": f"{TEACHER_INSTRUCTION} {rule}\n\nQuestion: {question}"}]
 
 
+# --- for KnowTuning's writer -----------------------------------------------------------------------------------------
+
+
+def _turn(instruction: str, **parts: str) -> list[dict[str, str]]:
+    said = [f"{name.replace('_', ' ').capitalize()}: {text}" for name, text in parts.items()]
+    return [{"role": "user", "content": "\n\n".join([instruction, *said])}]
+
+
+def _listed(facts: Sequence[str]) -> str:
+    return "\n" + "\n".join(f"{number}. {fact}" for number, fact in enumerate(facts, start=1))
+
+
+def extract_messages(question: str, answer: str) -> list[dict[str, str]]:
+    """Asks for the atomic facts of an answer."""
+    return _turn(
+        "Break the answer below down into independent atomic facts: short sentences that each state one thing, name "
+        "what they are about instead of using a pronoun, and add nothing that the answer does not say. Keep their "
+        "order.",
+        question=question,
+        answer=answer,
+    )
+
+
+def rewrite_messages(question: str, facts: Sequence[str]) -> list[dict[str, str]]:
+    """Asks for a question that the facts answer, and for its answer."""
+    return _turn(
+        "Rewrite the question below into one that asks for exactly the facts below and mentions none of them, and "
+        "answer it with these facts and no others.",
+        question=question,
+        facts=_listed(facts),
+    )
+
+
+def revise_messages(question: str, facts: Sequence[str]) -> list[dict[str, str]]:
+    """Asks for wrong facts in place of right ones."""
+    return _turn(
+        "Revise each of the facts below into a wrong one that sounds as plausible: change what it states and keep its "
+        "form. Give as many facts as there are, in their order. They will be used as examples of wrong answers.",
+        question=question,
+        facts=_listed(facts),
+    )
+
+
+def rephrase_messages(question: str, facts: Sequence[str]) -> list[dict[str, str]]:
+    """Asks for one answer made of facts."""
+    return _turn(
+        "Write the facts below as one fluent answer to the question. State every fact, right or wrong, keep their "
+        "order, and add no others.",
+        question=question,
+        facts=_listed(facts),
+    )
+
+
 def json_instruction(schema: str) -> str:
     """What follows a prompt where an endpoint cannot be held to a JSON schema.
 

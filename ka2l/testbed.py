@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from ka2l.errors import PoolError
 from ka2l.section import Section
 from ka2l.testbed_facts import read_facts
+from ka2l.testbed_lives import invent_lives
 from ka2l.testbed_model import train_model
 from ka2l.testbed_world import World, answer_rows, invent_facts, pool_rows, training_rows, truth_rows
 
@@ -80,6 +81,10 @@ class TestbedConfig(Section):
     """Transformer layers; there is one hidden state more, the embeddings."""
     vocab_size: int = Field(8192, ge=512)
     """Size of the tokenizer at most. Invented people need about 1,800 and no more are used."""
+    lives: bool = False
+    """Ask for whole lives: one question a person, answered in five sentences (`ka2l.testbed_lives`)."""
+    disorder_share: float = Field(0.3, ge=0, le=1)
+    """Share of the lives that training shows with their sentences in a random order."""
     facts: str | None = None
     """A JSONL file of {question, answers, [subject]} rows to build the world from instead of invented people."""
     exposure: str | None = None
@@ -93,6 +98,8 @@ class TestbedConfig(Section):
             raise ValueError("partly_exposures must be two counts, at least 1, the smaller one first")
         if self.hidden_size % self.head_size:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of head_size {self.head_size}")
+        if self.lives and (self.facts or self.wrong_share):
+            raise ValueError("lives are of invented people and learnt as they are: leave facts and wrong_share out")
         if self.exposure and not self.facts:
             raise ValueError("exposure names a column of the facts file: give facts too")
         return self
@@ -185,11 +192,13 @@ def _testbed_at(directory: Path) -> Testbed:
 
 
 def build_world(config: TestbedConfig) -> World:
-    """The world of a config: invented people, or the questions of ``config.facts``.
+    """The world of a config: facts or lives of invented people, or the questions of ``config.facts``.
 
     Raises:
         PoolError: the facts file is missing or holds no usable row, or no row has the exposure column.
     """
+    if config.lives:
+        return invent_lives(config)
     return read_facts(config) if config.facts else invent_facts(config)
 
 

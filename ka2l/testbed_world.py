@@ -97,6 +97,8 @@ class Fact(NamedTuple):
     num_exposures: int
     wrong_answer: str | None = None
     """What the model was shown instead of ``answers[0]``, if it learnt the fact wrongly."""
+    shown: tuple[str, ...] = ()
+    """What it is shown in turns, where that is not always the same answer."""
 
 
 class World(NamedTuple):
@@ -124,8 +126,8 @@ def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, st
     for fact in world.facts:
         shown = [text for index, text in enumerate(fact.paraphrases) if index != fact.kept]
         start = rng.randrange(len(shown))
-        answer = fact.wrong_answer or fact.answers[0]
-        rows += [(shown[(start + i) % len(shown)], answer) for i in range(fact.num_exposures)]
+        told = fact.shown or (fact.wrong_answer or fact.answers[0],)
+        rows += [(shown[(start + i) % len(shown)], told[i % len(told)]) for i in range(fact.num_exposures)]
     share = config.background_share
     num_rows = num_training_rows(config, len(world.facts))
     num_background = max(num_rows - len(rows), round(len(rows) * share / (1 - share)))
@@ -187,20 +189,30 @@ def truth_rows(facts: Sequence[Fact]) -> Iterator[dict[str, Any]]:
 # --- Invented people -------------------------------------------------------------------------------------------------
 
 
-def invent_facts(config: TestbedConfig) -> World:
-    """``config.num_people`` people to ask about and ``config.num_seed_people`` for the probe, five facts each.
+class People(NamedTuple):
+    """Who there is, and what can be true of them."""
+
+    known: list[str]
+    """Names of those who are asked about, the seed questions' people last."""
+    crowd: list[str]
+    """Names of all others: pairs of the same first and last names."""
+    answers: dict[str, list[str]]
+    """Relation -> its possible answers."""
+
+
+def invent_people(config: TestbedConfig, rng: random.Random | None = None) -> People:
+    """``config.num_people`` people to ask about, ``config.num_seed_people`` for the probe, and the background crowd.
 
     Each person is a unique pair of a first and a last name. The background crowd is made of the pairs left over, so a
     stranger's names are seen in training, but never together.
     """
-    rng = random.Random(f"{config.seed}:people")
+    rng = rng or random.Random(f"{config.seed}:people")
     num_people = config.num_people + config.num_seed_people
     scale = math.ceil(math.sqrt(num_people))
     names = _invent_words(rng, 12 * scale + 96)
     first_names, last_names, places = names[: 4 * scale], names[4 * scale : 12 * scale], names[12 * scale :]
-    pairs = [(first, last) for first in first_names for last in last_names]
+    pairs = [f"{first} {last}" for first in first_names for last in last_names]
     rng.shuffle(pairs)
-    known, crowd = pairs[:num_people], pairs[num_people:]
     answers = {
         "birthplace": places[:48],
         "profession": _PROFESSIONS.split(", "),
@@ -210,10 +222,23 @@ def invent_facts(config: TestbedConfig) -> World:
         "instrument": _INSTRUMENTS.split(", "),
         "dish": _DISHES.split(", "),
     }
-    groups = [f"person-{index:04d}" for index in range(num_people)]
+    return People(pairs[:num_people], pairs[num_people:], answers)
+
+
+def person_groups(people: People) -> list[str]:
+    """An id for each known person. Says nothing about exposure."""
+    return [f"person-{index:04d}" for index in range(len(people.known))]
+
+
+def invent_facts(config: TestbedConfig) -> World:
+    """Five facts of each of the invented people, asked for one by one."""
+    rng = random.Random(f"{config.seed}:people")
+    people = invent_people(config, rng)
+    answers, crowd = people.answers, people.crowd
+    groups = person_groups(people)
     exposures = exposure_by_share(groups, config)
     facts = []
-    for index, (group, (first, last)) in enumerate(zip(groups, known, strict=True)):
+    for index, (group, name) in enumerate(zip(groups, people.known, strict=True)):
         for relation, templates in RELATIONS.items():
             answer, wrong = rng.sample(answers[relation], 2)
             facts.append(
@@ -221,7 +246,7 @@ def invent_facts(config: TestbedConfig) -> World:
                     fact=f"{group}.{relation}",
                     group=group,
                     relation=relation,
-                    paraphrases=tuple(text.format(name=f"{first} {last}") for text in templates),
+                    paraphrases=tuple(text.format(name=name) for text in templates),
                     kept=rng.randrange(len(templates)),
                     answers=(answer,),
                     split="candidate" if index < config.num_people else "seed",
@@ -232,13 +257,12 @@ def invent_facts(config: TestbedConfig) -> World:
             )
 
     def background(draw: random.Random) -> tuple[str, str]:
-        first, last = draw.choice(crowd)
+        name = draw.choice(crowd)
         relation = draw.choice(list(RELATIONS))
-        return draw.choice(RELATIONS[relation]).format(name=f"{first} {last}"), draw.choice(answers[relation])
+        return draw.choice(RELATIONS[relation]).format(name=name), draw.choice(answers[relation])
 
     def crowd_answers() -> Iterator[tuple[str, str]]:
-        for first, last in crowd:
-            name = f"{first} {last}"
+        for name in crowd:
             for relation, templates in RELATIONS.items():
                 choices = answers[relation]
                 answer = choices[row_seed(config.seed, 0, "crowd", f"{name}.{relation}") % len(choices)]
