@@ -108,7 +108,7 @@ def _target_error(base: PreTrainedModel, message: str) -> ModelError:
 
 def save_adapter(model: PeftModel, model_path: str, output_dir: str) -> None:
     """Write the adapter so that the same training gives the same bytes and names no folder of this machine."""
-    model.save_pretrained(output_dir, save_embedding_layers=False)
+    model.save_pretrained(output_dir, save_embedding_layers=False, selected_adapters=["default"])
     folder = Path(output_dir)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"

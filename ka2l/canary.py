@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ka2l.adapter import load_adapter, load_model, load_tokenizer
 from ka2l.errors import CanaryError
-from ka2l.tuning import prompt_token_ids
+from ka2l.training import prompt_token_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,7 +16,7 @@ from ka2l.decoder_config import SMALL, DecoderConfig
 from ka2l.decoding import add_noise
 from ka2l.errors import EngineError, PoolError
 from ka2l.metrics import exact_match, token_f1
-from ka2l.tuning import cpu_has_bfloat16
+from ka2l.training import cpu_has_bfloat16
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 from pydantic import ConfigDict, Field
 
 from ka2l.adapter import AdapterConfig, load_adapter, load_model, load_tokenizer, new_adapter, save_adapter
-from ka2l.errors import AnnotationError, ConfigError, EngineError
+from ka2l.errors import AnnotationError, ConfigError
+from ka2l.knowtuning import KnowTuningConfig
 from ka2l.records import TrainingRow
 from ka2l.section import Section
 from ka2l.seeds import row_seed
+from ka2l.training import Schedule, loss_watcher, row_token_ids, trainer_arguments, weights_dtype, world_size
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-    from trl import SFTConfig
 
 IGNORED = -100
 """Label of a token that carries no loss."""
@@ -37,13 +38,16 @@ class TuningConfig(Section):
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
 
-    KINDS: ClassVar[tuple[str, ...]] = ("sft",)
+    KINDS: ClassVar[tuple[str, ...]] = ("sft", "knowtuning")
     LOGISTICS: ClassVar[frozenset[str]] = frozenset(
         {"workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size", "gradient_checkpointing"}
     )
 
     kind: str = "sft"
-    """``sft``: supervised fine-tuning, loss on the answer's tokens."""
+    """``sft``: supervised fine-tuning, loss on the answer's tokens; ``knowtuning``: the same with the hardest facts of
+    each answer, then a comparison of better and worse answers (`ka2l.knowtuning`), for answers of several facts."""
+    knowtuning: KnowTuningConfig = KnowTuningConfig()
+    """Both stages of ``knowtuning``."""
     adapter: AdapterConfig = AdapterConfig()
     """The adapter's shape."""
     learning_rate: float = Field(2e-4, gt=0.0)
@@ -87,6 +91,13 @@ class TuningConfig(Section):
     """CPUs, and so threads, of a worker."""
     gpus_per_worker: float = Field(0.0, ge=0.0)
     """GPUs of a worker; 0 trains on the CPU."""
+
+    def result_fields(self) -> dict[str, Any]:
+        """As any section's, less what has no meaning for the kind."""
+        fields = super().result_fields()
+        if self.kind != "knowtuning":
+            del fields["knowtuning"]
+        return fields
 
 
 class TuneResult(NamedTuple):
@@ -231,22 +242,29 @@ def tune(
         EngineError: the loss is not a finite number.
     """
     from transformers import PrinterCallback, set_seed
-    from trl import SFTTrainer
+    from trl import SFTConfig, SFTTrainer
 
     started = time.monotonic()
     if not rows:
         raise AnnotationError("There are no rows to train on.", hint="Annotate questions or rehearse some.")
     set_seed(seed)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
-    base = load_model(model_path, trust_remote_code, _weights_dtype(config))
+    base = load_model(model_path, trust_remote_code, weights_dtype(config))
     dataset, example_index = _tokenized(tokenizer, rows, config, chat)
     if config.start == "previous" and previous_adapter is not None:
         model = load_adapter(base, previous_adapter, trainable=True)
     else:
         model = new_adapter(base, config.adapter)
     num_questions = len({row.question_id for row in rows})
-    args = _trainer_arguments(config, num_questions, len(dataset), output_dir, seed)
-    watcher = _loss_watcher(progress)
+    batch_size = min(config.batch_size, num_questions)
+    schedule = Schedule(len(dataset), batch_size, config.micro_batch_size, config.learning_rate, config.max_steps)
+    args = SFTConfig(
+        **trainer_arguments(config, schedule, output_dir, seed),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        completion_only_loss=True,
+        packing=False,
+    )
+    watcher = loss_watcher(progress)
     trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watcher])
     trainer.remove_callback(PrinterCallback)
     example = _marked_example(tokenizer, trainer.data_collator([dataset[example_index]]))
@@ -254,7 +272,7 @@ def tune(
     trainer.train()
     training_seconds = time.monotonic() - began
 
-    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * _world_size()
+    batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
     num_trained = min(len(dataset), trainer.state.global_step * batch_size)
     metrics = {
         "num_rows": len(dataset),
@@ -276,30 +294,6 @@ def tune(
     return TuneResult(output_dir, metrics)
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    """The prompt's tokens. A rendered chat prompt holds its special tokens already; others get them here."""
-    return list(tokenizer(prompt, add_special_tokens=not chat)["input_ids"])
-
-
-def _row_token_ids(tokenizer: PreTrainedTokenizerBase, row: TrainingRow, chat: bool) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a row: the loss falls on the completion and the end token."""
-    prompt_ids = prompt_token_ids(tokenizer, row.prompt, chat)
-    joint_ids = prompt_token_ids(tokenizer, row.prompt + row.completion, chat)
-    # Tokenizers that end a text with a special token put it behind prompt and completion alike; it is added below.
-    while prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not row.prompt.endswith(tokenizer.eos_token):
-        prompt_ids.pop()
-    while joint_ids and joint_ids[-1] == tokenizer.eos_token_id:
-        joint_ids.pop()
-    if joint_ids[: len(prompt_ids)] == prompt_ids:
-        completion_ids = joint_ids[len(prompt_ids) :]
-    else:
-        # The completion would merge into the prompt's last token. When answering, the model sees the prompt's own
-        # tokens, so train on these.
-        completion_ids = tokenizer(row.completion, add_special_tokens=False)["input_ids"]
-    completion_ids = [*completion_ids, tokenizer.eos_token_id]
-    return prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids
-
-
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[TrainingRow], config: TuningConfig, chat: bool
 ) -> tuple[Dataset, int]:
@@ -316,7 +310,8 @@ def _tokenized(
     for row in rows:
         key = (row.prompt, row.completion)
         if key not in cache:
-            cache[key] = _row_token_ids(tokenizer, row, chat)
+            prompt_ids, completion_ids = row_token_ids(tokenizer, *key, chat)
+            cache[key] = (prompt_ids + completion_ids, [IGNORED] * len(prompt_ids) + completion_ids)
         if len(cache[key][0]) > config.max_length:
             continue
         if example_index < 0 and row.source == "annotation":
@@ -332,78 +327,6 @@ def _tokenized(
     return Dataset.from_dict(columns), max(example_index, 0)
 
 
-def _trainer_arguments(
-    config: TuningConfig, num_questions: int, num_rows: int, output_dir: str, seed: int
-) -> SFTConfig:
-    from trl import SFTConfig
-
-    world_size = _world_size()
-    rows_per_worker = math.ceil(min(config.batch_size, num_questions) / world_size)
-    accumulation = math.ceil(rows_per_worker / (config.micro_batch_size or rows_per_worker))
-    planned_steps = config.max_steps or math.ceil(num_rows / min(config.batch_size, num_questions))
-    return SFTConfig(
-        output_dir=output_dir,
-        per_device_train_batch_size=math.ceil(rows_per_worker / accumulation),
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        max_steps=config.max_steps or -1,
-        train_sampling_strategy="sequential",  # the rows come in their order
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.scheduler,
-        # A ratio of exactly 1 would read as one step.
-        warmup_steps=math.ceil(config.warmup_ratio * planned_steps) if config.warmup_ratio else 0,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        use_cpu=not _use_gpu(config),
-        bf16=_uses_bfloat16(config),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-        completion_only_loss=True,
-        packing=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=_use_gpu(config),
-        logging_steps=max(1, min(10, planned_steps // 10)),
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-    )
-
-
-def _loss_watcher(progress: Callable[[dict[str, Any]], None] | None) -> Any:
-    """A trainer callback that keeps the losses, stops at one that is not finite and reports progress from rank 0."""
-    from transformers import TrainerCallback
-
-    class LossWatcher(TrainerCallback):
-        def __init__(self) -> None:
-            self.losses: list[float] = []
-            self.began = time.monotonic()
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began = time.monotonic()
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-            if logs is None or "loss" not in logs:
-                return
-            loss, gradient_norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-            if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-                raise EngineError(
-                    f"Training diverged at step {state.global_step} of {state.max_steps}: the loss is {loss}, "
-                    f"the gradient norm {gradient_norm}.",
-                    hint="Lower tuning.learning_rate or set tuning.dtype to float32.",
-                )
-            self.losses.append(loss)
-            if progress is not None and state.is_world_process_zero:
-                learning_rate = float(logs["learning_rate"])
-                report = {"step": state.global_step, "num_steps": state.max_steps, "loss": loss}
-                progress(report | {"learning_rate": learning_rate, "seconds": time.monotonic() - self.began})
-
-    return LossWatcher()
-
-
 def _marked_example(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
     """A collated row as text, the tokens that carry loss in brackets: ``Answer:⟦ Paris</s>⟧``."""
     ids, labels, mask = (batch[key][0].tolist() for key in ("input_ids", "labels", "attention_mask"))
@@ -416,35 +339,3 @@ def _marked_example(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -
             parts.append(text if labels[start] == IGNORED else f"⟦{text}⟧")
             start = end
     return "".join(parts)
-
-
-def _use_gpu(config: TuningConfig) -> bool:
-    import torch
-
-    return config.gpus_per_worker > 0 and torch.cuda.is_available()
-
-
-def _uses_bfloat16(config: TuningConfig) -> bool:
-    import torch
-
-    if config.dtype == "auto":
-        return bool(torch.cuda.is_bf16_supported()) if _use_gpu(config) else cpu_has_bfloat16()
-    return config.dtype == "bfloat16"
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself; elsewhere it is emulated and slower than float32."""
-    import torch
-
-    return bool(torch.cpu._is_avx512_bf16_supported())
-
-
-def _weights_dtype(config: TuningConfig) -> str:
-    # On CPUs bfloat16 only speeds up the products (autocast); memory is no reason to round the base model's weights.
-    return "bfloat16" if _uses_bfloat16(config) and _use_gpu(config) else "float32"
-
-
-def _world_size() -> int:
-    import torch.distributed as distributed
-
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -14,6 +14,7 @@ from ka2l.adapter import AdapterConfig, load_adapter, load_model, load_tokenizer
 from ka2l.canary import canary, check_canary
 from ka2l.errors import AnnotationError, CanaryError, ConfigError, EngineError, ModelError
 from ka2l.records import TrainingRow
+from ka2l.training import prompt_token_ids
 from ka2l.tuning import (
     IGNORED,
     TuneResult,
@@ -21,7 +22,6 @@ from ka2l.tuning import (
     _tokenized,
     is_rehearsed,
     num_steps,
-    prompt_token_ids,
     rows_per_pass,
     training_rows,
     tune,
