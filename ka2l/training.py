@@ -68,8 +68,8 @@ def trainer_arguments(config: TuningConfig, schedule: Schedule, output_dir: str,
         "train_sampling_strategy": "sequential",  # the rows come in their order
         "learning_rate": schedule.learning_rate,
         "lr_scheduler_type": config.scheduler,
-        # A ratio of exactly 1 would read as one step.
-        "warmup_steps": math.ceil(config.warmup_ratio * planned_steps) if config.warmup_ratio else 0,
+        # As a count, since a ratio of exactly 1 would read as one step. The first step of a warm-up changes nothing.
+        "warmup_steps": min(math.ceil(config.warmup_ratio * planned_steps), planned_steps - 1),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "gradient_checkpointing": config.gradient_checkpointing,

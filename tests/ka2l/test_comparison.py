@@ -69,6 +69,16 @@ def log_probabilities(model: Any, batch: dict[str, Any]) -> Any:
     return chosen * batch["completion_mask"][:, 1:]
 
 
+def move(policy: Any) -> None:
+    """Take a policy away from its reference."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if ".default." in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+
 def test_the_loss_is_dpo_plus_gamma_times_the_better_answers_cross_entropy(
     llama: str, stage_one: str, tmp_path: Path
 ) -> None:
@@ -76,10 +86,7 @@ def test_the_loss_is_dpo_plus_gamma_times_the_better_answers_cross_entropy(
 
     policy = load_adapter(load_model(llama), stage_one, trainable=True)
     trainer = trainer_on(policy, llama, tmp_path)
-    with torch.no_grad():  # away from its reference
-        for name, parameter in policy.named_parameters():
-            if ".default." in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    move(policy)
     batch = trainer.data_collator(list(trainer.train_dataset))
     policy.eval()
     found = trainer.compute_loss(policy, dict(batch)).item()
@@ -104,7 +111,7 @@ def test_switching_adapters_gives_a_separate_reference_models_log_probabilities(
     two = trainer_on(
         load_adapter(load_model(llama), stage_one, trainable=True), llama, tmp_path / "two", ref_model=separate
     )
-    one.train()
+    move(one.model)
     batch = one.data_collator(list(one.train_dataset))
     switched = one.compute_ref_log_probs(one.model, dict(batch))
     apart = two.compute_ref_log_probs(two.ref_model, dict(batch))
