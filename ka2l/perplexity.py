@@ -1,0 +1,128 @@
+"""Perplexity of facts under the model under study: how hard it finds each of them.
+
+One prefill pass over all facts of a batch, right-padded; logits are taken of the facts' own tokens alone, so a long
+prompt before a short fact costs no vocabulary-sized matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ka2l.adapter import load_adapter, load_model
+from ka2l.hidden_states import MAX_BATCH_TOKENS
+from ka2l.training import row_token_ids
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+
+class ScoredText(NamedTuple):
+    """Tokens, of which those from ``start`` on are scored."""
+
+    token_ids: list[int]
+    start: int
+    """At least 1: a token is predicted from what stands before it."""
+
+
+def fact_tokens(
+    tokenizer: PreTrainedTokenizerBase, fact: str, prompt: str | None = None, *, chat: bool = False
+) -> ScoredText:
+    """A fact by itself, or as the answer to a prompt.
+
+    By itself it follows the beginning-of-sequence token where the tokenizer has one; where it has none, the fact's
+    first token has nothing to be predicted from and is not scored.
+
+    Args:
+        prompt: as it was rendered; None for the fact alone.
+        chat: a chat template rendered it.
+    """
+    if prompt is None:
+        ids = list(tokenizer(fact, add_special_tokens=False)["input_ids"])
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return ScoredText(begin + ids, 1)
+    prompt_ids, answer_ids = row_token_ids(tokenizer, prompt, fact if chat else f" {fact}", chat)
+    return ScoredText(prompt_ids + answer_ids[:-1], len(prompt_ids))  # without the end token: an answer may go on
+
+
+class PerplexityScorer:
+    """A causal language model, with or without a LoRA adapter, that scores texts.
+
+    Args:
+        model_path: a model directory or hub id.
+        dtype: ``auto`` | ``float32`` | ``bfloat16`` | ``float16``.
+        adapter: a LoRA adapter directory; not merged.
+        batch_size: texts in one forward pass, at most.
+        device: ``auto`` is a GPU where there is one, else the CPU.
+
+    Raises:
+        ModelError: model or adapter cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        dtype: str = "auto",
+        adapter: str | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int = 64,
+        device: str = "auto",
+    ) -> None:
+        import torch
+
+        base = load_model(model_path, trust_remote_code, dtype)
+        model = base if adapter is None else load_adapter(base, adapter)
+        default_device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(default_device if device == "auto" else device)
+        self.model = model.to(self.device).eval()
+        self.batch_size = batch_size
+        self.num_tokens = 0
+        """Tokens read so far."""
+
+    def perplexities(self, texts: Sequence[ScoredText]) -> np.ndarray:
+        """exp of the mean negative log-probability a scored token.
+
+        Returns:
+            Shape (num_texts,), float64; NaN for a text without a token to score.
+        """
+        import numpy as np
+
+        found = np.full(len(texts), np.nan)
+        usable = [index for index, text in enumerate(texts) if len(text.token_ids) > max(text.start, 1)]
+        for batch in self._batches(sorted(usable, key=lambda index: len(texts[index].token_ids)), texts):
+            found[batch] = self._score([texts[index] for index in batch])
+        return found
+
+    def _batches(self, order: list[int], texts: Sequence[ScoredText]) -> Iterator[list[int]]:
+        """Texts of like length share a batch, the longest first."""
+        end = len(order)
+        while end:
+            fitting = max(1, MAX_BATCH_TOKENS // len(texts[order[end - 1]].token_ids))
+            start = max(0, end - min(self.batch_size, fitting))
+            yield order[start:end]
+            end = start
+
+    def _score(self, texts: Sequence[ScoredText]) -> np.ndarray:
+        import numpy as np
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        length = max(len(text.token_ids) for text in texts)
+        ids = torch.zeros((len(texts), length), dtype=torch.long)
+        wanted = torch.zeros((len(texts), length - 1), dtype=torch.bool)
+        for row, text in enumerate(texts):
+            ids[row, : len(text.token_ids)] = torch.tensor(text.token_ids)
+            wanted[row, max(text.start, 1) - 1 : len(text.token_ids) - 1] = True
+        targets = ids[:, 1:][wanted].to(self.device)
+        # Only positions that predict a scored token go through the output layer; padding is on the right, unseen.
+        first = int(min(text.start for text in texts)) or 1
+        with torch.inference_mode():
+            logits = self.model(
+                input_ids=ids.to(self.device), logits_to_keep=length - (first - 1), use_cache=False
+            ).logits
+        kept = logits[:, :-1][wanted[:, first - 1 :].to(self.device)]
+        losses = cross_entropy(kept.float(), targets, reduction="none").cpu().numpy().astype(np.float64)
+        self.num_tokens += sum(len(text.token_ids) for text in texts)
+        ends = np.cumsum(wanted.sum(dim=1).numpy())
+        return np.array([np.exp(part.mean()) for part in np.split(losses, ends[:-1])])
