@@ -1,4 +1,4 @@
-"""Hosts hidden-state extraction: questions in, pooled states out."""
+"""Hosts one forward pass a text: questions in, pooled hidden states out; facts in, perplexities out."""
 
 from __future__ import annotations
 
@@ -10,8 +10,41 @@ import pyarrow as pa
 
 from actors.host import Stats
 from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor, UnusableRowsError
+from ka2l.perplexity import PerplexityScorer, fact_tokens
 from ka2l.prompts import Prompter
-from ka2l.records import hidden_states_schema
+from ka2l.records import DIFFICULTY, hidden_states_schema
+
+
+class PerplexityHost:
+    """One model on one device, asked how hard it finds facts; one shard a call."""
+
+    def __init__(self, scorer: PerplexityScorer, prompter: Prompter, *, given_question: bool) -> None:
+        self.scorer = scorer
+        self.prompter = prompter
+        self.given_question = given_question
+
+    def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
+        """From ``questions``, a shard of FACTS, to DIFFICULTY. A fact without a token to score is as easy as can be."""
+        rows = tables["questions"].to_pylist()
+        tokens, start = self.scorer.num_tokens, time.perf_counter()
+        texts = []
+        for row in rows:
+            prompt = self.prompter.text(row["question"]) if self.given_question else None
+            texts += [
+                fact_tokens(self.prompter.tokenizer, fact, prompt, chat=self.prompter.is_chat) for fact in row["facts"]
+            ]
+        found = np.nan_to_num(self.scorer.perplexities(texts), nan=1.0)
+        ends = np.cumsum([len(row["facts"]) for row in rows])[:-1]
+        made = [
+            {"question_id": row["question_id"], "perplexities": values.tolist()}
+            for row, values in zip(rows, np.split(found, ends), strict=True)
+        ]
+        stats = {
+            "forward_seconds": time.perf_counter() - start,
+            "forward_passes": float(len(texts)),
+            "tokens_prompt": float(self.scorer.num_tokens - tokens),
+        }
+        return pa.Table.from_pylist(made, schema=DIFFICULTY), stats
 
 
 class ExtractorHost:

@@ -16,7 +16,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import ray
 
@@ -29,22 +29,27 @@ from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError, first_l
 from ka2l.records import TrainingRow
 from ka2l.tuning import TuningConfig
 
+if TYPE_CHECKING:
+    from ka2l.comparison import ComparisonRow
+
+Row = TypeVar("Row")
+
 POLL_SECONDS = 0.5
 START_ATTEMPTS = 3
 """Ray Train waits a minute for its workers' resources in each."""
 LOG_LINES = 20
 
 
-def write_rows(rows: Iterable[TrainingRow], path: str) -> None:
-    """Write training rows as JSON lines, in their order."""
+def write_rows(rows: Iterable[TrainingRow | ComparisonRow], path: str) -> None:
+    """Write rows to train on as JSON lines, in their order."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_rows(path: str) -> list[TrainingRow]:
-    """Read what `write_rows` wrote."""
+def read_rows(path: str, kind: Callable[..., Row]) -> list[Row]:
+    """Read what `write_rows` wrote of one kind of rows."""
     with open(path, encoding="utf-8") as file:
-        return [TrainingRow(**json.loads(line)) for line in file]
+        return [kind(**json.loads(line)) for line in file]
 
 
 def run_training(
@@ -59,6 +64,7 @@ def run_training(
     log_path: str | None = None,
     on_progress: Callable[[dict[str, Any]], None] | None = None,
     *,
+    compared: bool = False,
     chat: bool,
     faults: FaultsConfig = FaultsConfig(),  # noqa: B008 - frozen
     tags: Tags | None = None,
@@ -67,6 +73,8 @@ def run_training(
 
     Args:
         rows_path: file of `write_rows`.
+        previous_adapter: as for `ka2l.tuning.tune`; ``adapter_dir`` of `ka2l.comparison.compare`.
+        compared: train by `compare`, on its rows, and not by `tune`.
         scratch_dir: folder for Ray Train's own files and the progress file; the caller removes it.
         log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
         on_progress: called in a thread of this process with what `tune` reports.
@@ -93,14 +101,25 @@ def run_training(
         "chat": chat,
     }
     workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
-    return run_loop(_tune, arguments, workers, scratch_dir, log_path, on_progress)
+    return run_loop(_compare if compared else _tune, arguments, workers, scratch_dir, log_path, on_progress)
 
 
 def _tune(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     from ka2l.tuning import tune
 
     config = TuningConfig(**arguments.pop("config"))
-    return tune(rows=read_rows(arguments.pop("rows_path")), config=config, progress=report, **arguments).metrics
+    return tune(
+        rows=read_rows(arguments.pop("rows_path"), TrainingRow), config=config, progress=report, **arguments
+    ).metrics
+
+
+def _compare(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    from ka2l.comparison import ComparisonRow, compare
+
+    config = TuningConfig(**arguments.pop("config"))
+    rows = read_rows(arguments.pop("rows_path"), ComparisonRow)
+    adapter_dir = arguments.pop("previous_adapter")
+    return compare(rows=rows, config=config, adapter_dir=adapter_dir, progress=report, **arguments).metrics
 
 
 class Workers(NamedTuple):

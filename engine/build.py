@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actors.faults import FaultsConfig
@@ -19,7 +18,7 @@ from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
 from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
-    from actors.extractor import ExtractorHost
+    from actors.extractor import ExtractorHost, PerplexityHost
     from actors.metrics import Tags
     from actors.placement import Placement
     from actors.pool import HostPool
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     from actors.shared import EquivalenceHost
     from actors.teacher import TeacherHost
     from engine.artifacts import RunDirectory
-    from engine.journal import FileJournal, RemoteJournal
+    from engine.config import RunConfig
     from ka2l.annotation_human import Task
-    from ka2l.teacher_limits import MoneyCap
+    from ka2l.knowledge_writer import KnowledgeWriter
 
 
 def plugin(kind: str) -> Any:
@@ -107,6 +106,26 @@ def extractor_host(
     return ExtractorHost(extractor, Prompter(load_tokenizer(model), prompt), config)
 
 
+def perplexity_host(
+    model: ModelConfig, prompt: PromptConfig, config: ExtractionConfig, adapter: str | None, given_question: bool
+) -> PerplexityHost:
+    """What the difficulty stage runs."""
+    from actors.extractor import PerplexityHost
+    from actors.host import set_num_threads
+    from ka2l.perplexity import PerplexityScorer
+
+    set_num_threads(config.cpus_per_replica)
+    scorer = PerplexityScorer(
+        model.path,
+        dtype=_dtype(model, config.gpus_per_replica),
+        adapter=adapter,
+        trust_remote_code=model.trust_remote_code,
+        batch_size=config.batch_size,
+        device=config.device,
+    )
+    return PerplexityHost(scorer, Prompter(load_tokenizer(model), prompt), given_question=given_question)
+
+
 def equivalence(config: EquivalenceConfig) -> Equivalence:
     """The equivalence of ``equivalence.kind``."""
     match config.kind:
@@ -174,74 +193,30 @@ def strategy(config: SelectionConfig) -> Strategy:
     return found
 
 
-def _teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
-    """A teacher whose answers and bills are kept in the run's journal, over all rounds."""
-    from engine.journal import open_journal
+def _teacher_annotator(config: AnnotatorConfig, context: AnnotationContext, *, local: bool) -> Annotator:
+    from engine.teachers import asked_teacher
     from ka2l.annotation_teacher import TeacherAnnotator
-    from ka2l.teacher import Teacher
-    from ka2l.teacher_batch import collect_batch
 
-    assert config.teacher is not None
-    key = os.environ.get(config.teacher.api_key_env, "") if config.teacher.api_key_env else ""
-    if config.teacher.api_key_env and not key:
-        raise ConfigError(
-            f"environment variable {config.teacher.api_key_env} is empty",
-            hint="annotator.teacher.api_key_env names it; null for an endpoint that asks for no key.",
-        )
-    journal = open_journal(context.run, "teacher")
-    cap = _money_cap(context.money, journal)
-    same = equivalence(context.equivalence)
-    if config.batch_api:
-        made = TeacherAnnotator(config.teacher, partial(collect_batch, config.teacher, key, journal, cap=cap), same)
-        made.batch_size = 2**31  # one job
-        return made
-    return TeacherAnnotator(config.teacher, Teacher(config.teacher, key, journal, cap).ask, same)
-
-
-def _local_teacher(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
-    """A teacher on this run's own workers. They start with the first question that the journal holds no answer to."""
-    from actors.pool import HostPool
-    from actors.teacher import REQUESTS_PER_CALL, complete_with
-    from engine.journal import open_journal
-    from ka2l.annotation_teacher import TeacherAnnotator
-    from ka2l.teacher_local import LocalTeacher
-
-    assert config.teacher is not None
-    engine = config.engine
-    pool = context.shared_teacher or HostPool(
-        partial(teacher_host, config),
-        placement=context.placement,
-        cpus=engine.cpus_per_replica,
-        gpus=engine.gpus_per_replica,
-        log_path=context.log_path,
-        faults=context.faults,
-        tags=context.tags,
-    )
-    named = config.teacher.model_copy(update={"model": model_name(config.teacher.model)})
-    journal = open_journal(context.run, "teacher")
-    # Without prices it costs nothing, whatever the cap.
-    cap = _money_cap(context.money if named.prices else None, journal)
-    teacher = LocalTeacher(
-        named,
-        complete_with(pool),
-        journal,
-        cap,
-        plain=engine.kind != "vllm",
-        run_seed=context.run_seed,
-    )
-    made = TeacherAnnotator(named, teacher.ask, equivalence(context.equivalence), pool.close)
-    made.batch_size = REQUESTS_PER_CALL * engine.replicas
+    asked = asked_teacher(config, context, local=local, batch_api=config.batch_api)
+    made = TeacherAnnotator(asked.config, asked.ask, equivalence(context.equivalence), asked.close)
+    made.batch_size = asked.batch_size
     return made
 
 
-def _money_cap(limit: float | None, journal: FileJournal | RemoteJournal) -> MoneyCap:
-    """A cap that knows what was spent in earlier rounds."""
-    from ka2l.teacher_limits import MoneyCap
+def knowledge_writer(config: RunConfig, context: AnnotationContext) -> KnowledgeWriter:
+    """Who takes annotated answers apart for ``tuning.kind: knowtuning``: ``tuning.knowtuning.writer``."""
+    kind = config.tuning.knowtuning.writer
+    if kind == "testbed":
+        from ka2l.testbed_lives import LifeWriter
 
-    cap = MoneyCap(limit)
-    for name, record in journal.items():
-        cap.count(name, record.get("cost", 0.0))
-    return cap
+        return LifeWriter(config.testbed, config.seed)
+    from engine.teachers import asked_teacher
+    from ka2l.knowledge_writer import TeacherWriter
+
+    asked = asked_teacher(config.annotator, context, local=kind == "local_teacher")
+    made = TeacherWriter(asked.config, asked.ask, asked.close)
+    made.batch_size = asked.batch_size
+    return made
 
 
 def teacher_host(config: AnnotatorConfig) -> TeacherHost:
@@ -293,9 +268,9 @@ def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
                 table = read_reference_table(context.reference_table, config.reference_similarity)
             return ReferenceAnnotator(context.reveal, table)
         case "teacher":
-            return _teacher(config, context)
+            return _teacher_annotator(config, context, local=False)
         case "local_teacher":
-            return _local_teacher(config, context)
+            return _teacher_annotator(config, context, local=True)
         case "human":
             from engine.human import HumanAnnotator
 

@@ -131,7 +131,15 @@ class Campaign:
         """Local folder of the adapter that round ``round_index`` asks; None in round 0, which asks the base model."""
         if round_index == 0:
             return None
-        return self._local_folder(self.stage("tune", round_index - 1), "adapter")
+        return self._local_folder(self.adapter_stage(round_index - 1), "adapter")
+
+    def adapter_stage(self, round_index: int) -> Stage:
+        """The stage that trains a round's adapter to its end."""
+        return self.stage("compare" if self.config.tuning.compares else "tune", round_index)
+
+    def tuned_dir(self, round_index: int) -> str:
+        """Local folder of the adapter that a round has tuned, before any comparison."""
+        return self._local_folder(self.stage("tune", round_index), "adapter")
 
     def decoder_dir(self, round_index: int | None) -> str:
         """Local folder of the decoder that was fitted in a round."""

@@ -44,7 +44,11 @@ ROUND_STAGES = (
     "decoder",
     "decode",
     "annotate",
+    "facts",
+    "difficulty",
+    "augment",
     "tune",
+    "compare",
 )
 POOL_STAGES = ("questions", "references", "corpus")
 

@@ -14,6 +14,13 @@ One round asks one model state, the base model with the adapter tuned so far:
     annotate  answers for the selected questions      -> the only stage that costs annotation
     tune      LoRA on answers and on the model's own answers to the rest
 
+With ``tuning.kind: knowtuning`` answers are taken apart before they are tuned on, and compared afterwards:
+
+    facts      an answer's atomic facts
+    difficulty perplexity of each under the current model
+    augment    questions for the hardest; better and worse answers
+    compare    DPO from the tuned adapter on
+
 A last observation measures the final state. Every stage commits a table and is skipped when it is already there, so
 running a finished run again does nothing and running a killed one goes on where it stopped. Where the cap on hours is
 near, a stage that would not fit ends the run (ka2l.errors.HoursUsedUp), at a point where its last state is measured.
@@ -53,7 +60,13 @@ def run(campaign: Campaign) -> None:
             campaign.events.say(reason or "The annotator refused every question of this round.")
             rounds = round_index
             break
+        if campaign.config.tuning.augments:
+            stages.facts(campaign, round_index)
+            stages.difficulty(campaign, round_index)
+            stages.augment(campaign, round_index)
         stages.tune(campaign, round_index)
+        if campaign.config.tuning.compares:
+            stages.compare(campaign, round_index)
         publish(campaign, "running")
     stages.observe(campaign, rounds)
     stages.cluster(campaign, rounds)

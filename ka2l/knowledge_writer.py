@@ -60,8 +60,8 @@ class KnowledgeWriter(Protocol):
     batch_size: int
     """Answers that are worked on together: what each batch comes to is kept before the next is begun."""
 
-    # A writer that costs money may have, after each call, ``stopped``: ``money`` where the cap was reached, and
-    # ``usage``: the tokens and money of the call's tasks.
+    # A writer that costs money has ``stopped``, which is ``money`` once the cap was reached, and ``usage``, the tokens
+    # and money of all its calls' tasks.
 
     def write(self, tasks: Mapping[str, Task]) -> Mapping[str, Any]:
         """What each task came to, or `Refused`; tasks that were not asked to the end are left out."""
@@ -147,7 +147,7 @@ class TeacherWriter:
 
     Attributes:
         stopped: ``money`` once the cap was reached.
-        usage: tokens and money of the tasks of the last call.
+        usage: tokens and money of the tasks of all calls, whenever they were paid for.
     """
 
     def __init__(
@@ -170,7 +170,12 @@ class TeacherWriter:
             KA2LError: as ``ask`` does; answers received until then are in its journal.
         """
         run = self.ask({name: task_prompt(task) for name, task in tasks.items()})
-        self.stopped, self.usage = run.stopped, run.usage
+        self.stopped = self.stopped or run.stopped
+        self.usage = Usage(
+            self.usage.num_prompt_tokens + run.usage.num_prompt_tokens,
+            self.usage.num_completion_tokens + run.usage.num_completion_tokens,
+            self.usage.cost + run.usage.cost,
+        )
         return {
             name: task_result(tasks[name], result.usable[0]) if result.refusal is None else Refused(result.refusal)
             for name, result in run.results.items()

@@ -7,7 +7,7 @@ prompt before a short fact costs no vocabulary-sized matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.adapter import load_adapter, load_model
 from ka2l.hidden_states import MAX_BATCH_TOKENS
@@ -72,9 +72,9 @@ class PerplexityScorer:
         import torch
 
         base = load_model(model_path, trust_remote_code, dtype)
-        model = base if adapter is None else load_adapter(base, adapter)
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if device == "auto" else device)
+        model: Any = base if adapter is None else load_adapter(base, adapter)
         self.model = model.to(self.device).eval()
         self.batch_size = batch_size
         self.num_tokens = 0

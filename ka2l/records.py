@@ -152,6 +152,30 @@ ANNOTATIONS = pa.schema(
     ]
 )
 
+#: One annotated answer a row, in its atomic facts.
+FACTS = pa.schema(
+    [
+        _ID,
+        _field("question", pa.string(), "the question asked"),
+        _field("answer", pa.string(), "the annotated answer, the first of those accepted"),
+        _field("facts", pa.list_(pa.string()), "atomic facts in the answer's order, distinct"),
+    ]
+)
+
+#: One answer a row: how hard the model found each of its facts.
+DIFFICULTY = pa.schema([_ID, _field("perplexities", pa.list_(pa.float64()), "of each fact, in the order of FACTS")])
+
+#: One row that KnowTuning trains on.
+PAIRS = pa.schema(
+    [
+        _ID,
+        _field("part", pa.string(), "fine_grained (stage I) or an aspect (stage II): see ka2l.knowtuning"),
+        _field("question", pa.string(), "what is asked: of stage I a question of its own"),
+        _field("better", pa.string(), "the answer to learn, or to prefer"),
+        _field("worse", pa.string(), "the answer to prefer it to; null in stage I", True),
+    ]
+)
+
 LEDGER = pa.schema(
     [
         _field("round", pa.int32(), "-1 for the pool"),
@@ -205,5 +229,5 @@ class TrainingRow(NamedTuple):
     prompt: str
     completion: str
     source: str
-    """``annotation`` or ``rehearsal``."""
+    """``annotation``, ``fine_grained`` or ``rehearsal``."""
     question_id: str

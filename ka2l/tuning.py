@@ -92,6 +92,16 @@ class TuningConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0.0)
     """GPUs of a worker; 0 trains on the CPU."""
 
+    @property
+    def augments(self) -> bool:
+        """Whether annotated answers are taken apart into pairs to train on."""
+        return self.kind == "knowtuning" and (self.knowtuning.augment or bool(self.knowtuning.aspects))
+
+    @property
+    def compares(self) -> tuple[str, ...]:
+        """The aspects in which answers are compared after tuning; empty where tuning is all."""
+        return self.knowtuning.aspects if self.kind == "knowtuning" else ()
+
     def result_fields(self) -> dict[str, Any]:
         """As any section's, less what has no meaning for the kind."""
         fields = super().result_fields()

@@ -1,21 +1,26 @@
 """One function a stage: committed tables in, one committed table out. ``engine/loop.py`` calls them in order."""
 
+from engine.stages.augmenting import augment, difficulty, facts
 from engine.stages.choosing import annotate, select
 from engine.stages.decoding import decode
 from engine.stages.fitting import check_tables, corpus, fit_decoder
 from engine.stages.knowing import feedback, knowledge, label, probe
 from engine.stages.observing import cluster, extract, observe
 from engine.stages.pool import check_budget, pool
-from engine.stages.tuning import tune
+from engine.stages.tuning import compare, tune
 
 __all__ = [
     "annotate",
+    "augment",
     "check_budget",
     "check_tables",
     "cluster",
+    "compare",
     "corpus",
     "decode",
+    "difficulty",
     "extract",
+    "facts",
     "feedback",
     "fit_decoder",
     "knowledge",

@@ -116,12 +116,13 @@ def annotate(campaign: Campaign, round_index: int) -> None:
         refused: Counter[str] = Counter()
         stopped, num_not_asked = None, 0
         with contextlib.ExitStack() as ended, campaign.events.progress(stage.label, len(ids), "questions") as progress:
-            placement = ended.enter_context(_workers(campaign))
+            local = campaign.config.annotator.kind == "local_teacher"
+            placement = ended.enter_context(teacher_workers(campaign, local=local))
             context = annotation_context(campaign, round_index, text_of, placement)
             annotator = build.annotator(campaign.config.annotator, context)
             # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
             ended.callback(getattr(annotator, "close", lambda: None))
-            size = _batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
+            size = batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
             batches = [ids[start : start + size] for start in range(0, len(ids), size)]
             for index, batch in enumerate(batches):
                 name = shard_name(index)
@@ -155,10 +156,10 @@ def annotate(campaign: Campaign, round_index: int) -> None:
     )  # fmt: skip
 
 
-def _workers(campaign: Campaign) -> contextlib.AbstractContextManager[Placement]:
-    """What annotating holds: a local teacher's engines, unless others share them, else the driver alone."""
+def teacher_workers(campaign: Campaign, *, local: bool) -> contextlib.AbstractContextManager[Placement]:
+    """What asking holds: a local teacher's engines, unless others share them, else the driver alone."""
     config = campaign.config.annotator
-    if config.kind != "local_teacher" or campaign.leases is not None:
+    if not local or campaign.leases is not None:
         return contextlib.nullcontext(Placement(0))
     return campaign.hold(config.engine.replicas, config.engine.cpus_per_replica, config.engine.gpus_per_replica)
 
@@ -173,7 +174,7 @@ def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotate
     return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
 
 
-def _batch_size(stage: Stage, wanted: int) -> int:
+def batch_size(stage: Stage, wanted: int) -> int:
     """Questions a shard, as the stage was begun with: what a shard holds must not change on resume."""
     begun = stage.run.read_bytes(f"{stage.path}/batches.json")
     if begun is None:

@@ -19,7 +19,7 @@ from ka2l.records import DECODED, stored_layers, stored_states
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:
-    return [campaign.stage("tune", round_index - 1)] if round_index else []
+    return [campaign.adapter_stage(round_index - 1)] if round_index else []
 
 
 def num_rows(stage: Stage) -> int:

@@ -17,8 +17,11 @@ from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import adapter_input, among, by_id
 from ka2l.canary import check_canary
+from ka2l.comparison import comparison_rows
+from ka2l.knowtuning import FINE_GRAINED
 from ka2l.models import load_tokenizer
 from ka2l.prompts import Prompter
+from ka2l.records import TrainingRow
 from ka2l.seeds import row_seed
 from ka2l.tuning import rehearsal_draw, rows_per_pass, training_rows
 
@@ -30,54 +33,91 @@ _OWN_ANSWERS = pc.field("purpose").isin(["probe", "rehearsal"])
 
 
 def tune(campaign: Campaign, round_index: int) -> None:
-    """Train the next adapter on all annotations so far and on the base model's own answers to the rest."""
+    """Train the next adapter on all annotations so far and on the base model's own answers to the rest.
+
+    With KnowTuning this is its stage I: the hardest facts of each annotated answer are trained on, too.
+    """
     config = campaign.config
     answers = [campaign.stage("annotate", index) for index in range(round_index + 1)]
+    finer = [campaign.stage("augment", index) for index in range(round_index + 1)] if config.tuning.augments else []
     own = campaign.stage("observe", 0)
     previous = adapter_input(campaign, round_index) if config.tuning.start == "previous" else []
 
     def work(stage: Stage) -> Outcome:
-        log = campaign.log_path(stage)
         with campaign.run.scratch() as scratch:
             prompter = Prompter(load_tokenizer(campaign.model), config.prompt)
-            rows = _training_rows(campaign, answers, own, prompter)
+            rows = _training_rows(campaign, answers, finer, own, prompter)
             write_rows(rows, str(scratch / "rows.jsonl"))
-            output = scratch / "adapter"
-            metrics = _train(campaign, stage, prompter, scratch, output, round_index)
-            canary = _canary(campaign, output, prompter, log)
-            for file in sorted(output.iterdir()):
-                if file.is_file():
-                    stage.write_file(f"adapter/{file.name}", file.read_bytes())
-            stage.write_file("adapter/canary.json", json.dumps(canary).encode())
-        shown = {key: canary[key] for key in ("max_logit_difference", "num_changed_tokens")}
+            start = campaign.adapter_dir(round_index) if config.tuning.start == "previous" else None
+            metrics = _train(campaign, stage, prompter, scratch, start)
         sources = {row.question_id: row.source for row in rows}
-        counts = {f"num_{kind}": list(sources.values()).count(kind) for kind in ("annotation", "rehearsal")}
-        return metrics | counts | {"canary": shown}, {"tokens_trained": float(metrics["num_tokens"])}
+        kinds = ("annotation", FINE_GRAINED, "rehearsal") if finer else ("annotation", "rehearsal")
+        counts = {f"num_{kind}": list(sources.values()).count(kind) for kind in kinds}
+        return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
 
+    tuning = config.tuning.result_fields()
     commit_stage(
-        campaign, "tune", round_index,
-        config={"tuning": config.tuning.result_fields(), "prompt": config.prompt.result_fields()},
-        inputs=[*answers, own, *previous], work=work,
+        campaign, "tune", round_index, config={"tuning": tuning, "prompt": config.prompt.result_fields()},
+        inputs=[*answers, *finer, own, *previous], work=work,
     )  # fmt: skip
 
 
-def _training_rows(campaign: Campaign, answers: Sequence[Stage], own: Stage, prompter: Prompter) -> list[Any]:
+def compare(campaign: Campaign, round_index: int) -> None:
+    """Stage II of KnowTuning: from stage I's adapter on, prefer whole, true and ordered answers to others."""
+    config = campaign.config
+    stage_one = campaign.stage("tune", round_index)
+    augmented = [campaign.stage("augment", index) for index in range(round_index + 1)]
+
+    def work(stage: Stage) -> Outcome:
+        with campaign.run.scratch() as scratch:
+            prompter = Prompter(load_tokenizer(campaign.model), config.prompt)
+            pairs = [
+                (row["question_id"], row["part"], prompter.text(row["question"]), row["better"], row["worse"])
+                for source in augmented
+                for row in source.table(None, pc.field("part") != FINE_GRAINED).to_pylist()
+            ]
+            rows = comparison_rows(pairs, config.tuning.knowtuning, config.seed, chat=prompter.is_chat)
+            write_rows(rows, str(scratch / "rows.jsonl"))
+            metrics = _train(campaign, stage, prompter, scratch, campaign.tuned_dir(round_index), compared=True)
+        counts = {f"num_{aspect}": len([1 for pair in pairs if pair[1] == aspect]) for aspect in config.tuning.compares}
+        return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
+
+    tuning = config.tuning.result_fields()
+    commit_stage(
+        campaign, "compare", round_index, config={"tuning": tuning, "prompt": config.prompt.result_fields()},
+        inputs=[stage_one, *augmented], work=work,
+    )  # fmt: skip
+
+
+def _training_rows(
+    campaign: Campaign, answers: Sequence[Stage], finer: Sequence[Stage], own: Stage, prompter: Prompter
+) -> list[TrainingRow]:
     annotated = [
         (row["question_id"], prompter.text(row["question"]), row["answers"][0])
         for stage in answers
         for row in stage.table(["question_id", "question", "answers"]).to_pylist()
     ]
+    # A question of its own beside the one whose answer's hardest facts it asks for.
+    hardest = [
+        (f"{row['question_id']}#{FINE_GRAINED}", prompter.text(row["question"]), row["better"])
+        for stage in finer
+        for row in stage.table(None, pc.field("part") == FINE_GRAINED).to_pylist()
+    ]
     samples: dict[str, list[str]] = {}
     if campaign.config.tuning.rehearsal > 0:
         wanted = _OWN_ANSWERS
-        if (few := _drawn_to_rehearse(campaign, own, len(annotated))) is not None:
+        if (few := _drawn_to_rehearse(campaign, own, len(annotated) + len(hardest))) is not None:
             wanted = wanted & pc.field("question_id").isin(few)
         drawn = own.table(["question_id", "sample_index", "answer"], wanted)
         for row in drawn.sort_by([("question_id", "ascending"), ("sample_index", "ascending")]).to_pylist():
             samples.setdefault(row["question_id"], []).append(row["answer"])
     text_of = by_id(campaign.stage("questions").table(["question_id", "question"], among(samples)), "question")
     rehearsal = [(name, prompter.text(text_of[name]), kept) for name, kept in samples.items()]
-    return training_rows(annotated, rehearsal, campaign.config.tuning, campaign.config.seed, chat=prompter.is_chat)
+    rows = training_rows(
+        annotated + hardest, rehearsal, campaign.config.tuning, campaign.config.seed, chat=prompter.is_chat
+    )
+    finer_ids = {question_id for question_id, _, _ in hardest}
+    return [row._replace(source=FINE_GRAINED) if row.question_id in finer_ids else row for row in rows]
 
 
 def _drawn_to_rehearse(campaign: Campaign, own: Stage, num_annotated: int) -> pa.Array | None:
@@ -103,10 +143,22 @@ def _drawn_to_rehearse(campaign: Campaign, own: Stage, num_annotated: int) -> pa
 
 
 def _train(
-    campaign: Campaign, stage: Stage, prompter: Prompter, scratch: Path, output: Path, round_index: int
+    campaign: Campaign,
+    stage: Stage,
+    prompter: Prompter,
+    scratch: Path,
+    start: str | None,
+    *,
+    compared: bool = False,
 ) -> dict[str, Any]:
+    """Train on ``rows.jsonl`` in ``scratch``, from the adapter ``start`` on, and keep the adapter if it does anything.
+
+    Returns:
+        The training's metrics and what its canary found.
+    """
     config = campaign.config
     tuning = config.tuning
+    output = scratch / "adapter"
     with (
         campaign.events.progress(stage.label, 1, "steps") as progress,
         campaign.hold(tuning.workers, tuning.cpus_per_worker, tuning.gpus_per_worker, reserve=False),
@@ -116,7 +168,7 @@ def _train(
             if "step" in report:
                 progress.bar.update(progress.task, total=report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
-                campaign.events.emit("training_step", round=round_index, **report)
+                campaign.events.emit("training_step", round=stage.round_index, **report)
                 campaign.trackers.log_step(stage, report)
 
         metrics = run_training(
@@ -124,18 +176,24 @@ def _train(
             rows_path=str(scratch / "rows.jsonl"),
             config=config.tuning,
             output_dir=str(output),
-            seed=row_seed(config.seed, round_index, "tune", ""),
+            seed=row_seed(config.seed, stage.round_index or 0, stage.name, ""),
             scratch_dir=str(scratch / "train"),
-            previous_adapter=campaign.adapter_dir(round_index) if config.tuning.start == "previous" else None,
+            previous_adapter=start,
             trust_remote_code=campaign.model.trust_remote_code,
             log_path=campaign.log_path(stage),
             on_progress=on_progress,
+            compared=compared,
             chat=prompter.is_chat,
             faults=config.faults,
             tags=campaign.tags(stage),
         )
         progress.advance(metrics["num_steps"] - progress.done, f"loss {metrics['last_loss']:.3f}")
-    return metrics
+    canary = _canary(campaign, output, prompter, campaign.log_path(stage))
+    for file in sorted(output.iterdir()):
+        if file.is_file():
+            stage.write_file(f"adapter/{file.name}", file.read_bytes())
+    stage.write_file("adapter/canary.json", json.dumps(canary).encode())
+    return metrics | {"canary": {key: canary[key] for key in ("max_logit_difference", "num_changed_tokens")}}
 
 
 def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def train(model: str, tmp_path: Path, config: TuningConfig, **arguments: Any) ->
 def test_rows_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
     rows = [TrainingRow("Q: é\n\u2028", " ü", "annotation", "q"), TrainingRow("", " x", "rehearsal", "r")]
     write_rows(rows, str(tmp_path / "rows.jsonl"))
-    assert read_rows(str(tmp_path / "rows.jsonl")) == rows
+    assert read_rows(str(tmp_path / "rows.jsonl"), TrainingRow) == rows
 
 
 def test_progress_lines_are_handed_on_once_and_only_when_complete(tmp_path: Path) -> None:

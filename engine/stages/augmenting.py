@@ -1,0 +1,170 @@
+"""KnowTuning's training sets: annotated answers taken apart, the hardest facts found, better and worse answers made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from engine import build
+from engine.artifacts import Stage, read_shard, shard_name, write_shard
+from engine.campaign import Campaign, Outcome, commit_stage, run_host
+from engine.jobs import ShardInput
+from engine.stages.choosing import annotation_context, annotator_fields, batch_size, teacher_workers
+from engine.stages.tables import adapter_input, num_rows
+from ka2l.knowledge_writer import KnowledgeWriter
+from ka2l.knowtuning import KnownFacts, count_refusals, extract_facts
+from ka2l.knowtuning import augment as augment_answers
+from ka2l.records import FACTS, PAIRS
+from ka2l.teacher_reply import Usage
+
+Row = Mapping[str, Any]
+#: From a batch of rows to what is made of them, and (question id, part, reason) of what could not be made.
+Make = Callable[[KnowledgeWriter, Sequence[Row]], tuple[list[dict[str, Any]], list[tuple[str, str, str]]]]
+
+
+def facts(campaign: Campaign, round_index: int) -> None:
+    """Take the round's annotated answers apart into atomic facts."""
+    annotated = campaign.stage("annotate", round_index)
+
+    def make(writer: KnowledgeWriter, rows: Sequence[Row]) -> Any:
+        answers = {row["question_id"]: (row["question"], row["answers"][0]) for row in rows}
+        found, refused = extract_facts(answers, writer)
+        made = [
+            {"question_id": name, "question": answers[name][0], "answer": answers[name][1], "facts": listed}
+            for name, listed in found.items()
+        ]
+        return made, [(name, "facts", reason) for name, reason in refused.items()]
+
+    def work(stage: Stage) -> Outcome:
+        rows = annotated.table(["question_id", "question", "answers"]).sort_by("question_id").to_pylist()
+        return _write(campaign, stage, rows, make, FACTS), {}
+
+    commit_stage(
+        campaign, "facts", round_index, config=_writer_fields(campaign), inputs=[annotated], work=work
+    )  # fmt: skip
+
+
+def difficulty(campaign: Campaign, round_index: int) -> None:
+    """Perplexity of every fact under this round's model state: one forward pass."""
+    config = campaign.config
+    extracted = campaign.stage("facts", round_index)
+    given_question = config.tuning.knowtuning.perplexity_given == "question"
+    adapter = campaign.adapter_dir(round_index)
+
+    def work(stage: Stage) -> Outcome:
+        make_host = partial(
+            build.perplexity_host, campaign.model, config.prompt, config.extraction, adapter, given_question
+        )
+        run_host(
+            campaign,
+            stage,
+            make_host,
+            {"questions": ShardInput(extracted.url, ["question_id", "question", "facts"])},
+            replicas=config.extraction.replicas,
+            cpus=config.extraction.cpus_per_replica,
+            gpus=config.extraction.gpus_per_replica,
+            over=extracted,
+        )
+        return {"num_questions": num_rows(stage)}, {}
+
+    fields: dict[str, Any] = {"perplexity_given": config.tuning.knowtuning.perplexity_given}
+    if given_question:
+        fields["prompt"] = config.prompt.result_fields()
+    commit_stage(
+        campaign, "difficulty", round_index, config=fields,
+        inputs=[extracted, *adapter_input(campaign, round_index)], work=work,
+    )  # fmt: skip
+
+
+def augment(campaign: Campaign, round_index: int) -> None:
+    """Questions for the hardest facts, and a better and worse answers to each question."""
+    config = campaign.config
+    extracted, measured = campaign.stage("facts", round_index), campaign.stage("difficulty", round_index)
+
+    def make(writer: KnowledgeWriter, rows: Sequence[Row]) -> Any:
+        answers = [KnownFacts(**row) for row in rows]
+        made = augment_answers(answers, config.tuning.knowtuning, writer, config.seed)
+        return [pair._asdict() for pair in made.pairs], made.refusals
+
+    def work(stage: Stage) -> Outcome:
+        # A question that could not be measured has failed there, and is counted there.
+        rows = extracted.table().join(measured.table(), "question_id", join_type="inner").sort_by("question_id")
+        metrics = _write(campaign, stage, rows.to_pylist(), make, PAIRS)
+        parts: Counter[str] = Counter()
+        for name in stage.finished_shards():
+            parts.update(read_shard(stage.url, name, ["part"])["part"].to_pylist())
+        return metrics | {"num_pairs": dict(sorted(parts.items()))}, {}
+
+    knowtuning = config.tuning.knowtuning.result_fields()
+    made_by = ("augment", "hard_share", "aspects", "delete_share")
+    commit_stage(
+        campaign, "augment", round_index,
+        config=_writer_fields(campaign) | {name: knowtuning[name] for name in made_by},
+        inputs=[extracted, measured], work=work,
+    )  # fmt: skip
+
+
+def _writer_fields(campaign: Campaign) -> dict[str, Any]:
+    """What changes a writer's work."""
+    kind = campaign.config.tuning.knowtuning.writer
+    if kind == "testbed":
+        return {"writer": kind, "testbed": campaign.config.testbed.result_fields()}
+    return {"writer": kind, "teacher": annotator_fields(campaign)["teacher"]}
+
+
+@contextlib.contextmanager
+def _writer(campaign: Campaign, stage: Stage) -> Iterator[KnowledgeWriter]:
+    assert stage.round_index is not None
+    local = campaign.config.tuning.knowtuning.writer == "local_teacher"
+    with contextlib.ExitStack() as ended:
+        placement = ended.enter_context(teacher_workers(campaign, local=local))
+        writer = build.knowledge_writer(campaign.config, annotation_context(campaign, stage.round_index, {}, placement))
+        ended.callback(getattr(writer, "close", lambda: None))
+        yield writer
+
+
+def _write(campaign: Campaign, stage: Stage, rows: Sequence[Row], make: Make, schema: pa.Schema) -> dict[str, Any]:
+    """Make a stage's table of rows, batch by batch; a batch that is written is never made again. What could not be made
+    is kept with its reason in a file beside each batch."""
+    finished = stage.finished_shards()
+    stopped = None
+    names = []
+    with _writer(campaign, stage) as writer, campaign.events.progress(stage.label, len(rows), "answers") as progress:
+        size = batch_size(stage, min(writer.batch_size, max(1, len(rows))))
+        for index, start in enumerate(range(0, max(1, len(rows)), size)):
+            name, batch = shard_name(index), rows[start : start + size]
+            names.append(name)
+            if name not in finished:
+                before = _cost(writer)
+                made, refusals = make(writer, batch)
+                cost = {item: total - before[item] for item, total in _cost(writer).items()}
+                stage.write_file(_refusals_of(name), json.dumps(refusals).encode())
+                write_shard(stage.url, name, pa.Table.from_pylist(made, schema=schema), cost)
+                campaign.note_shard(stage, name, len(made), cost)
+                stopped = getattr(writer, "stopped", None)
+            progress.advance(len(batch))
+            if stopped:
+                break
+    kept = [campaign.run.read_bytes(f"{stage.path}/{_refusals_of(name)}") or b"[]" for name in names]
+    refused = [(name, part, reason) for content in kept for name, part, reason in json.loads(content)]
+    counts = {"num_answers": len(rows), "num_rows": num_rows(stage), "num_refused": len(refused)}
+    return counts | {"refused": count_refusals(refused), "stopped": stopped}
+
+
+def _refusals_of(shard: str) -> str:
+    return shard.replace("part-", "refused-").replace(".parquet", ".json")
+
+
+def _cost(writer: KnowledgeWriter) -> dict[str, float]:
+    """What a writer's calls have taken so far; nothing of one that costs nothing."""
+    usage: Usage | None = getattr(writer, "usage", None)
+    if usage is None:
+        return {}
+    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
+    return {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
