@@ -1,4 +1,4 @@
-"""Arms of a benchmark: runs of the quickstart that differ in a few settings, resumable, with round 0 shared."""
+"""Arms of a benchmark: runs of a preset that differ in a few settings, resumable, with stages of round 0 shared."""
 
 from __future__ import annotations
 
@@ -43,21 +43,28 @@ def set_options(settings: Sequence[str]) -> list[str]:
     return [word for item in settings for word in ("--set", item)]
 
 
-def run_arm(folder: Path, settings: Sequence[str], base: Path | None = None) -> None:
-    """One run of the quickstart with ``settings`` of the form a.b=c; goes on with what is committed in ``folder``.
+def run_arm(
+    folder: Path,
+    settings: Sequence[str],
+    base: Path | None = None,
+    *,
+    preset: str = "quickstart",
+    shared: Sequence[str] = SHARED_STAGES,
+) -> None:
+    """One run of ``preset`` with ``settings`` of the form a.b=c; goes on with what is committed in ``folder``.
 
     Args:
-        base: the run directory of another arm whose questions about the base model are these, too; they are copied.
+        base: the run directory of another arm whose ``shared`` stages are these, too; they are copied.
     """
     options = set_options(settings)
     if (folder / "config.yaml").exists():
         ka2l("resume", str(folder), *options)
-    elif base is not None and (base / "round-000" / "knowledge" / "manifest.json").exists():
+    elif base is not None and (base / "round-000" / shared[-1] / "manifest.json").exists():
         shutil.copytree(base / "pool", folder / "pool")
-        for stage in SHARED_STAGES:
+        for stage in shared:
             shutil.copytree(base / "round-000" / stage, folder / "round-000" / stage)
         for name in ("config.yaml", "mode"):
             shutil.copy(base / name, folder / name)
         ka2l("resume", str(folder), *options)
     else:
-        ka2l("run", "quickstart", "--run-dir", str(folder), *options)
+        ka2l("run", preset, "--run-dir", str(folder), *options)

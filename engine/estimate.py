@@ -164,6 +164,8 @@ def _capped(
         if money is not None and teaching.money.value * cap > money:
             cap = int(money / teaching.money.value)
             notes.append(f"The budget of {money:g} for annotation lets about {cap:,} annotations through.")
+    if config.tuning.augments:
+        notes.append("What KnowTuning adds is not in the figures: its writer, its finer questions and its comparisons.")
     if config.annotator.kind == "human":
         notes.append("People's time is not in the figures.")
     made = predict(config, counts, rates, cap, teaching)

@@ -128,7 +128,7 @@ def _predicted(campaign: Campaign, name: str, round_index: int) -> float:
 def _growth(campaign: Campaign, manifest: Manifest, earlier: int, round_index: int) -> tuple[float, float]:
     """Seconds of a stage's work without its start, and how much more work the later round has."""
     config = campaign.config
-    if manifest.stage == "tune" and config.tuning.max_steps is None:
+    if manifest.stage == "compare" or (manifest.stage == "tune" and config.tuning.max_steps is None):
         then = campaign.num_annotated(earlier + 1)
         now = campaign.num_annotated(round_index) + campaign.num_left(round_index)
         return float(manifest.metrics["training_seconds"]), now / max(1, then)

@@ -121,13 +121,15 @@ def workers(stage: str, config: RunConfig | None) -> tuple[float, float]:
     match stage:
         case "observe":
             return _replicas(config.sampler)
-        case "extract" | "corpus_states":
+        case "extract" | "corpus_states" | "difficulty":
             return _replicas(config.extraction)
         case "decoder" | "decode":
             return decoder.cpus_per_worker, decoder.gpus_per_worker
         case "annotate" if config.annotator.kind == "local_teacher":
             return _replicas(config.annotator.engine)
-        case "tune":
+        case "facts" | "augment" if tuning.knowtuning.writer == "local_teacher":
+            return _replicas(config.annotator.engine)
+        case "tune" | "compare":
             return tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker
         case _:
             return 1.0, 0.0

@@ -16,7 +16,7 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("observe", "cluster"),
     "probing": ("label", "extract", "probe", "feedback", "knowledge", "select"),
     "decoding": ("corpus", "corpus_states", "decoder", "decode"),
-    "tuning": ("tune",),
+    "tuning": ("facts", "difficulty", "augment", "tune", "compare"),
     "measuring": (),
     "rest": ("questions", "references", "annotate"),
 }
