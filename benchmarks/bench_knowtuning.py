@@ -1,6 +1,6 @@
 """What does each part of KnowTuning do? The paper's ablations, and its questions chosen by KA2L or at random.
 
-Arms, each one round of the preset `knowtuning` on the testbed's lives, all on the same annotated questions but the last:
+Arms, each one round of the preset `knowtuning` on the testbed's lives, on the same annotated questions but the last:
 
     knowtuning   both stages
     no_ka        without the hardest facts in stage I (the paper's -KA)

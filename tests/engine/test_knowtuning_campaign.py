@@ -13,7 +13,7 @@ import pytest
 from engine.artifacts import RunDirectory
 from engine.ledger import ledger_table
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 TEACHER = {
     "model": "teacher-1",
     "api_key_env": None,
