@@ -14,7 +14,7 @@ from engine.artifacts import RunDirectory
 from ka2l.pool import question_key
 from ka2l.records import DECODED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 ASKED = ("size", "colour", "taste", "name")
 BUDGET, SHARE = 12, 0.5
