@@ -83,8 +83,8 @@ class TestbedConfig(Section):
     """Size of the tokenizer at most. Invented people need about 1,800 and no more are used."""
     lives: bool = False
     """Ask for whole lives: one question a person, answered in five sentences (`ka2l.testbed_lives`)."""
-    disorder_share: float = Field(0.3, ge=0, le=1)
-    """Share of the lives that training shows with their sentences in a random order."""
+    disorder_share: float = Field(0.4, ge=0, le=1)
+    """Share of the lives that training always shows in an order of their own."""
     facts: str | None = None
     """A JSONL file of {question, answers, [subject]} rows to build the world from instead of invented people."""
     exposure: str | None = None

@@ -45,8 +45,6 @@ _PATTERNS = {
     for relation, text in SENTENCES.items()
 }
 _SENTENCE = re.compile(r"[^.]+(?:\.|$)")
-#: Different orders in which one person's life is shown.
-_NUM_ORDERS = 8
 
 
 class Statement(NamedTuple):
@@ -112,7 +110,7 @@ def invent_lives(config: TestbedConfig) -> World:
     """``config.num_people`` lives to ask about and ``config.num_seed_people`` for the probe, one question each.
 
     Of strangers nothing is shown, of well-known people all five facts, of partly known ones each fact or not, by the
-    toss of a coin. What is shown of a person is told in order, but for ``config.disorder_share`` of the times. The
+    toss of a coin. What is shown of ``config.disorder_share`` of the people is always told in a wrong order. The
     background crowd's lives are whole, each time with other answers.
     """
     people = invent_people(config)
@@ -125,6 +123,7 @@ def invent_lives(config: TestbedConfig) -> World:
         life = _life(name, people, draw)
         exposure = exposures[group]
         shown = life if exposure == "well" else [statement for statement in life if draw.random() < 0.5]
+        told = _told(shown, config.disorder_share, draw) if shown and exposure != "stranger" else None
         facts.append(
             Fact(
                 fact=f"{group}.{LIFE}",
@@ -135,15 +134,15 @@ def invent_lives(config: TestbedConfig) -> World:
                 answers=(tell(life),),
                 split="candidate" if index < config.num_people else "seed",
                 exposure_group=exposure,
-                num_exposures=num_shown[exposure] if shown and exposure != "stranger" else 0,
-                shown=tuple(_orders(shown, config.disorder_share, draw)) if exposure != "stranger" else (),
+                num_exposures=num_shown[exposure] if told else 0,
+                shown=told,
             )
         )
 
     def background(draw: random.Random) -> tuple[str, str]:
         name = draw.choice(people.crowd)
         life = _life(name, people, draw)
-        return draw.choice(QUESTIONS).format(name=name), next(_orders(life, config.disorder_share, draw))
+        return draw.choice(QUESTIONS).format(name=name), _told(life, config.disorder_share, draw)
 
     def crowd_answers() -> Iterator[tuple[str, str]]:
         for name in people.crowd:
@@ -159,9 +158,8 @@ def _life(name: str, people: People, draw: random.Random) -> list[Statement]:
     return [Statement(name, relation, draw.choice(people.answers[relation])) for relation in SENTENCES]
 
 
-def _orders(life: Sequence[Statement], disorder_share: float, draw: random.Random) -> Iterator[str]:
-    for _ in range(_NUM_ORDERS):
-        yield tell(draw.sample(life, len(life)) if draw.random() < disorder_share else life)
+def _told(life: Sequence[Statement], disorder_share: float, draw: random.Random) -> str:
+    return tell(draw.sample(life, len(life)) if draw.random() < disorder_share else life)
 
 
 def _times_shown(config: TestbedConfig, exposures: dict[str, str]) -> dict[str, int]:

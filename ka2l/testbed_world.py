@@ -97,8 +97,8 @@ class Fact(NamedTuple):
     num_exposures: int
     wrong_answer: str | None = None
     """What the model was shown instead of ``answers[0]``, if it learnt the fact wrongly."""
-    shown: tuple[str, ...] = ()
-    """What it is shown in turns, where that is not always the same answer."""
+    shown: str | None = None
+    """What it is shown instead, where a part of the truth was all that it learnt."""
 
 
 class World(NamedTuple):
@@ -126,8 +126,8 @@ def training_rows(world: World, config: TestbedConfig) -> Iterator[tuple[str, st
     for fact in world.facts:
         shown = [text for index, text in enumerate(fact.paraphrases) if index != fact.kept]
         start = rng.randrange(len(shown))
-        told = fact.shown or (fact.wrong_answer or fact.answers[0],)
-        rows += [(shown[(start + i) % len(shown)], told[i % len(told)]) for i in range(fact.num_exposures)]
+        answer = fact.shown or fact.wrong_answer or fact.answers[0]
+        rows += [(shown[(start + i) % len(shown)], answer) for i in range(fact.num_exposures)]
     share = config.background_share
     num_rows = num_training_rows(config, len(world.facts))
     num_background = max(num_rows - len(rows), round(len(rows) * share / (1 - share)))

@@ -16,7 +16,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
 from engine.stages.choosing import annotation_context, annotator_fields, batch_size, teacher_workers
-from engine.stages.tables import adapter_input, num_rows
+from engine.stages.tables import adapter_input, among, by_id, num_rows
 from ka2l.knowledge_writer import KnowledgeWriter
 from ka2l.knowtuning import KnownFacts, count_refusals, extract_facts
 from ka2l.knowtuning import augment as augment_answers
@@ -94,8 +94,10 @@ def augment(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         # A question that could not be measured has failed there, and is counted there.
-        rows = extracted.table().join(measured.table(), "question_id", join_type="inner").sort_by("question_id")
-        metrics = _write(campaign, stage, rows.to_pylist(), make, PAIRS)
+        perplexities = by_id(measured.table(), "perplexities")
+        rows = extracted.table(None, among(perplexities)).sort_by("question_id").to_pylist()
+        rows = [row | {"perplexities": perplexities[row["question_id"]]} for row in rows]
+        metrics = _write(campaign, stage, rows, make, PAIRS)
         parts: Counter[str] = Counter()
         for name in stage.finished_shards():
             parts.update(read_shard(stage.url, name, ["part"])["part"].to_pylist())
