@@ -169,13 +169,17 @@ def _headline(data: ReportData) -> dict[str, Any]:
 
 def _round_row(data: ReportData, item: RoundReport) -> dict[str, Any]:
     tune = item.stage("tune")
-    canary = tune.metrics.get("canary")
+    # Of the adapter that the round ends with.
+    canary = (item.stage("compare").metrics or tune.metrics).get("canary")
     return {
         "round": item.round,
         "report": item,
         "num_annotated": data.annotated_before(item.round),
         "cluster": item.stage("cluster"),
         "tune": tune,
+        "facts": item.stage("facts"),
+        "augment": item.stage("augment"),
+        "compare": item.stage("compare"),
         "select": item.stage("select"),
         "annotate": item.stage("annotate"),
         "canary": finite(canary.get("max_logit_difference")) if isinstance(canary, dict) else None,

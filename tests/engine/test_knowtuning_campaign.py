@@ -158,4 +158,6 @@ def test_the_summary_shows_both_stages(tuned: Tuned) -> None:
     summary = json.loads((path / "summary.json").read_text())
     assert summary["status"] == "complete"
     assert summary["rounds"][-1]["accuracy"] is not None
-    assert "compare" in (path / "report.html").read_text()
+    report = (path / "report.html").read_text()
+    assert "Finer facts, then comparison" in report
+    assert "not the JSON asked for" in report
