@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import yaml
 from machine import write_result
@@ -117,6 +117,9 @@ def processes(marker: Path) -> Iterator[tuple[int, str]]:
 class Run:
     """A campaign, its Ray and what happens to them."""
 
+    temporaries: ClassVar[list[Path]] = []
+    """Folders for Ray's and everybody's temporary files, of all runs. Ray writes its logs there to the very end."""
+
     def __init__(self, config: Path, folder: Path, seed: int, num_nodes: int) -> None:
         self.config = config
         self.folder = folder
@@ -128,12 +131,13 @@ class Run:
         self.rays: list[subprocess.Popen[bytes]] = []
         self.driver: subprocess.Popen[bytes] | None = None
         self.num_started = 0
-        ray_files = tempfile.mkdtemp(prefix="ka2l-chaos-", dir="/tmp")  # a socket's path must be short
+        self.temporary = Path(tempfile.mkdtemp(prefix="ka2l-chaos-", dir="/tmp"))  # a socket's path must be short
+        self.temporaries.append(self.temporary)
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
             "KA2L_CHAOS": str(self.orders),
             "PYTHONPATH": os.pathsep.join([str(HERE / "chaos_hooks"), str(HERE.parent)]),
-            "RAY_TMPDIR": ray_files,
-            "TMPDIR": ray_files,
+            "RAY_TMPDIR": str(self.temporary),
+            "TMPDIR": str(self.temporary),
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "a-token-of-the-benchmark-0123456789abcdef",
@@ -316,6 +320,7 @@ def check(run: Run, reference: Path) -> list[str]:
         found.append("the annotations are not those that were asked for")
     names = ("attempts", "scratch")
     left = [str(path) for path in run.run_dir.rglob("*") if path.name.startswith(".tmp-") or path.name in names]
+    left += [str(path) for path in run.temporary.iterdir() if path.name != "ray"]  # where Ray keeps its logs
     return [*found, *(f"left behind: {path}" for path in left)]
 
 
@@ -394,8 +399,8 @@ def main() -> None:
     print(f"wrote {write_result('chaos', summary(trials, typical_s, orphans), arguments.out)}")
     if not arguments.keep:
         shutil.rmtree(folder, ignore_errors=True)
-    for leftover in Path("/tmp").glob("ka2l-chaos-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for temporary in Run.temporaries:
+        shutil.rmtree(temporary, ignore_errors=True)
     sys.exit(bool(orphans) or any(done.problems for done in trials))
 
 

@@ -36,7 +36,7 @@ what the engine itself takes. Memory is sampled every second:
 
 "Further rows" is the rate at which the rows are done that a size has more than the one before. Without what takes the
 same for every pool (starting processes, importing libraries, training the probe on its 2,000 seed questions) it says
-whether seconds grow in proportion to the pool. Of sizes up to 10^5, where that is nearly all, the median of --repeats
+whether seconds grow in proportion to the pool. Of sizes up to 10^6, where that is much of all, the median of --repeats
 runs is taken, after a run that only warms the file cache.
 
 With --kill SIZE the stages of that size are made once more: the driver and all its descendants are killed (SIGKILL)
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--kill", type=int, nargs="*", default=[10**6, 10**7], help="sizes that are killed, too")
     parser.add_argument("--shard-rows", type=int, default=50_000, help="questions a shard (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="workers of extract (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of sizes up to 10^5 (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of sizes up to 10^6 (default: %(default)s)")
     parser.add_argument("--scratch", default=None, help="folder for pools and runs; some GB for 10^7")
     parser.add_argument("--profile", default=None, help="stage to profile (cProfile) in the driver")
     parser.add_argument("--profile-out", default="pool_scale.prof", help="where the profile goes")
@@ -269,7 +269,7 @@ def main() -> None:
     measure(options.sizes[0], options)
     for num in options.sizes:
         print(f"{num:,} questions ...", file=sys.stderr, flush=True)
-        runs = [measure(num, options) for _ in range(options.repeats if num <= 10**5 else 1)]
+        runs = [measure(num, options) for _ in range(options.repeats if num <= 10**6 else 1)]
         sizes.append(sorted(runs, key=lambda run: run["seconds"])[(len(runs) - 1) // 2])
         settings = {key: getattr(options, key) for key in ("shard_rows", "workers")}
         found = {"settings": settings, "growth": growth(sizes), "sizes": sizes}
