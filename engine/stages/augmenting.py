@@ -15,7 +15,7 @@ from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
-from engine.stages.choosing import annotation_context, annotator_fields, batch_size, teacher_workers
+from engine.stages.choosing import annotation_context, batch_size, teacher_fields, teacher_workers
 from engine.stages.tables import adapter_input, among, by_id, num_rows
 from ka2l.knowledge_writer import KnowledgeWriter
 from ka2l.knowtuning import KnownFacts, count_refusals, extract_facts
@@ -117,7 +117,8 @@ def _writer_fields(campaign: Campaign) -> dict[str, Any]:
     kind = campaign.config.tuning.knowtuning.writer
     if kind == "testbed":
         return {"writer": kind, "testbed": campaign.config.testbed.result_fields()}
-    return {"writer": kind, "teacher": annotator_fields(campaign)["teacher"]}
+    annotator = campaign.config.annotator.model_copy(update={"kind": kind})
+    return {"writer": kind, "annotator": teacher_fields(annotator)}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.sharing import shared_teacher
 from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
-from ka2l.annotation import Annotator
+from ka2l.annotation import Annotator, AnnotatorConfig
 from ka2l.annotation_human import Task
 from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
@@ -186,12 +186,16 @@ def batch_size(stage: Stage, wanted: int) -> int:
 def annotator_fields(campaign: Campaign) -> dict[str, Any]:
     """What changes an annotator's answers: its config, and what its reference table or its model holds, never where
     that lies."""
-    config = campaign.config.annotator
-    fields = config.result_fields()
+    fields = teacher_fields(campaign.config.annotator)
     if path := campaign.reference_table_path():
         fields["reference_table"] = content_identity(path)
-    if config.kind == "local_teacher":
-        assert config.teacher is not None
+    return fields
+
+
+def teacher_fields(config: AnnotatorConfig) -> dict[str, Any]:
+    """The config's result fields, with what a local teacher's model is in place of where it lies."""
+    fields = config.result_fields()
+    if config.kind == "local_teacher" and config.teacher is not None:
         fields["teacher"]["model"] = model_name(config.teacher.model)
     return fields
 
