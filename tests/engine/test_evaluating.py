@@ -135,6 +135,18 @@ def test_no_verdict_is_paid_twice_and_the_ledger_holds_them_all(run: RunDirector
     assert (sum(server.billed.values()), _money(run)) == (num_billed, pytest.approx(spent))
 
 
+def test_after_an_error_in_the_middle_nothing_is_asked_again(run: RunDirectory, teacher_server: Any) -> None:
+    server = teacher_server(lambda number, body: "401" if number > 12 else None, content=verdict)
+    settings = JUDGED | {"annotator.teacher": JUDGE | {"base_url": server.url, "concurrency": 1}}
+    with pytest.raises(ConfigError):
+        evaluate(run, settings)
+    assert sum(server.billed.values()) == 12
+    server.fault_of = lambda number, body: None
+    evaluate(run, settings)
+    assert set(server.billed.values()) == {1}
+    assert _money(run) == pytest.approx(sum(_tokens(run).values()))
+
+
 def _money(run: RunDirectory) -> float:
     rows = ledger_table(run).to_pylist()
     return sum(row["quantity"] for row in rows if row["stage"] == "evaluate" and row["item"] == "money")
