@@ -108,13 +108,15 @@ class ObservePlan(NamedTuple):
     rehearsal_greedy: bool
     probe_candidates: bool
     """Sample every candidate as if it were a seed question (for the strategy ``semantic_entropy``)."""
+    num_agreement: int = 0
+    """Answers sampled for each eval question, beside the greedy one."""
 
     def purposes(self, question_id: str, split: str) -> list[str]:
         """The purposes that this question is sampled for."""
         if split == "seed":
             return ["probe"]
         if split == "eval":
-            return ["eval"]
+            return ["eval", "agreement"] if self.num_agreement else ["eval"]
         chosen = ["probe"] if self.probe_candidates else []
         draw = row_seed(self.run_seed, 0, "rehearsal", question_id) / 2**31
         if self.num_rehearsal and draw < self.rehearsal_share:
@@ -126,7 +128,8 @@ class ObservePlan(NamedTuple):
         seed = row_seed(self.run_seed, self.round_index, f"observe/{purpose}", question_id)
         if purpose == "eval" or (purpose == "rehearsal" and self.rehearsal_greedy):
             return Request(prompt_token_ids, 1, 0.0, seed)
-        count = self.num_rehearsal if purpose == "rehearsal" else config.num_samples
+        counts = {"rehearsal": self.num_rehearsal, "agreement": self.num_agreement}
+        count = counts.get(purpose, config.num_samples)
         return Request(prompt_token_ids, count, config.temperature, seed)
 
 

@@ -28,7 +28,7 @@ class ScorerHost:
     def __init__(
         self,
         equivalence: Equivalence,
-        purposes: Sequence[str] = ("probe", "eval"),
+        purposes: Sequence[str] = ("probe", "eval", "agreement"),
         answers: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.equivalence = equivalence
@@ -52,7 +52,11 @@ class ScorerHost:
             rows = {(row["question_id"], row["purpose"]): row for row in tables["clusters"].to_pylist()}
         else:
             rows, stats = self._cluster(tables["samples"], questions)
-        graded = [key for key, row in rows.items() if key[0] in references and row.get("correct") is None]
+        graded = [
+            key
+            for key, row in rows.items()
+            if key[0] in references and key[1] != "agreement" and row.get("correct") is None
+        ]
         grades = grade_answers(
             [questions[question_id] for question_id, _ in graded],
             [rows[key]["top_answer"] for key in graded],

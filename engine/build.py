@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.config import RunConfig
     from ka2l.annotation_human import Task
+    from ka2l.answer_judge import AnswerJudge
     from ka2l.knowledge_writer import KnowledgeWriter
 
 
@@ -217,6 +218,15 @@ def knowledge_writer(config: RunConfig, context: AnnotationContext) -> Knowledge
     made = TeacherWriter(asked.config, asked.ask, asked.close)
     made.batch_size = asked.batch_size
     return made
+
+
+def answer_judge(config: RunConfig, context: AnnotationContext) -> AnswerJudge:
+    """The judge of ``evaluation.facts`` and ``evaluation.pairs``: what annotator.teacher names."""
+    from engine.teachers import asked_teacher
+    from ka2l.answer_judge import AnswerJudge
+
+    asked = asked_teacher(config.annotator, context, local=config.evaluation.judge == "local_teacher")
+    return AnswerJudge(asked.config, asked.ask, asked.close)
 
 
 def teacher_host(config: AnnotatorConfig) -> TeacherHost:

@@ -19,6 +19,7 @@ from ka2l.annotation import AnnotatorConfig
 from ka2l.decoder_config import DecoderConfig
 from ka2l.equivalence import EquivalenceConfig
 from ka2l.errors import ConfigError
+from ka2l.evaluation import EvaluationConfig
 from ka2l.hidden_states import ExtractionConfig
 from ka2l.labels import LabelsConfig
 from ka2l.models import ModelConfig
@@ -94,6 +95,8 @@ class RunConfig(Section):
     """Who answers."""
     tuning: TuningConfig = TuningConfig()
     """How the adapter is tuned."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured beside accuracy."""
     budget: BudgetConfig = BudgetConfig()
     """Caps."""
     prices: PricesConfig = PricesConfig()
@@ -111,6 +114,12 @@ class RunConfig(Section):
             raise ValueError(
                 "selection.kind two_axis learns from the model's own answers to candidates: set tuning.rehearsal > 0"
             )
+        if self.evaluation.facts == "testbed" and not (self.pool.path == "testbed" and self.testbed.lives):
+            raise ValueError(
+                "evaluation.facts testbed counts facts of the testbed's lives: set testbed.lives, or judge"
+            )
+        if self.evaluation.judges and self.annotator.teacher is None:
+            raise ValueError("evaluation asks a judge: name it by annotator.teacher")
         return self
 
 

@@ -166,6 +166,8 @@ def _capped(
             notes.append(f"The budget of {money:g} for annotation lets about {cap:,} annotations through.")
     if config.tuning.augments:
         notes.append("What KnowTuning adds is not in the figures: its writer, its finer questions and its comparisons.")
+    if config.evaluation.judges or config.evaluation.text:
+        notes.append("What evaluation measures by a judge or by text metrics is not in the figures.")
     if config.annotator.kind == "human":
         notes.append("People's time is not in the figures.")
     made = predict(config, counts, rates, cap, teaching)
@@ -215,6 +217,9 @@ def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rate
     asked = {"probe": counts["seed"], "eval": counts["eval"]}  # questions by purpose
     prompts = rates.prompt_tokens["seed"] * counts["seed"] + rates.prompt_tokens["eval"] * counts["eval"]
     answers = {"probe": config.sampler.num_samples, "eval": 1}  # of each question
+    if config.evaluation.num_samples:
+        asked["agreement"], answers["agreement"] = counts["eval"], config.evaluation.num_samples
+        prompts += rates.prompt_tokens["eval"] * counts["eval"]
     if config.selection.kind == "semantic_entropy" and index < config.rounds:
         asked["probe"] += counts["candidate"]
         prompts += rates.prompt_tokens["candidate"] * counts["candidate"]

@@ -108,6 +108,8 @@ def needed_seconds(campaign: Campaign, name: str, round_index: int | None) -> fl
         return 0.0
     if name in _MEASURING:
         return sum(_predicted(campaign, later, round_index) for later in _MEASURING[_MEASURING.index(name) :])
+    if name == "evaluate":  # nothing waits for it: what comes next is checked by itself
+        return _predicted(campaign, name, round_index)
     rest = ROUND_STAGES[ROUND_STAGES.index(name) :]
     seconds = sum(_predicted(campaign, later, round_index) for later in rest)
     if campaign.config.rounds:
@@ -135,7 +137,8 @@ def _growth(campaign: Campaign, manifest: Manifest, earlier: int, round_index: i
     if manifest.stage == "observe" and earlier == 0:
         # The base model alone is sampled for rehearsal, too.
         counts = campaign.stage("questions").require().metrics
-        num_samples = counts["seed"] * config.sampler.num_samples + counts["eval"]
+        num_samples = counts["seed"] * config.sampler.num_samples
+        num_samples += counts["eval"] * (1 + config.evaluation.num_samples)
         if config.selection.kind == "semantic_entropy" and round_index < config.rounds:
             num_samples += counts["candidate"] * config.sampler.num_samples
         seconds = manifest.cost.get("generate_seconds", 0.0) / config.sampler.replicas

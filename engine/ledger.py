@@ -39,6 +39,7 @@ ROUND_STAGES = (
     "probe",
     "feedback",
     "knowledge",
+    "evaluate",
     "select",
     "corpus_states",
     "decoder",

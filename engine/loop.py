@@ -9,6 +9,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     probe     classifier on the seed questions' states
     feedback  how sure was the base model of its own samples, and was it right about what has been annotated?
     knowledge P(unknown) of every question            -> the knowledge map
+    evaluate  facts, wording, calibration             -> figures beside accuracy; nothing depends on them
     select    query strategy                          -> what to ask the annotator
     decode    unknown states to new questions         -> gated; a share of the round's annotations goes to them
     annotate  answers for the selected questions      -> the only stage that costs annotation
@@ -72,6 +73,7 @@ def run(campaign: Campaign) -> None:
     stages.cluster(campaign, rounds)
     if rounds > 0:
         stages.feedback(campaign, rounds)
+    stages.evaluate(campaign, rounds)
     publish(campaign, "complete", reason)
 
 
@@ -92,6 +94,7 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
     if round_index > 0:
         stages.feedback(campaign, round_index)
     stages.knowledge(campaign, round_index)
+    stages.evaluate(campaign, round_index)
 
 
 def publish(campaign: Campaign, status: str, reason: str | None = None) -> None:

@@ -11,7 +11,7 @@ from engine import report_figures
 from engine.artifacts import RunDirectory
 from engine.ledger import ROUND_STAGES
 from engine.prices import PricesConfig
-from engine.report_baseline import read_baseline
+from engine.report_baseline import aspects_against, read_baseline
 from engine.report_collect import collect
 from engine.report_data import (
     COST_ITEMS,
@@ -22,6 +22,7 @@ from engine.report_data import (
     summary,
     unknown_fraction,
 )
+from engine.report_evaluation import evaluation_charts, evaluation_rows
 from engine.report_figures import Chart
 from engine.report_net import Net, net, net_summary
 from engine.report_net_figures import curves
@@ -54,10 +55,11 @@ def write_report(
     Raises:
         KA2LError: a baseline cannot be read or compared with; nothing is written then.
     """
-    others = [read_baseline(run, url) for url in baselines]
+    others = [replace(read_baseline(run, url), aspects=aspects_against(run, RunDirectory(url))) for url in baselines]
     data = collect(run, status, reason)
     data = replace(data, prices=prices or data.prices, baselines=others)
     content = summary(data) | {"net": net_summary(net(data))}
+    content |= {"aspects_against": {other.location: other.aspects for other in others if other.aspects}}
     run.write_text("report.html", render(data))
     run.write_json("summary.json", content)
     return content
@@ -70,7 +72,8 @@ def render(data: ReportData) -> str:
         "report.html.j2",
         data=data,
         net=result,
-        charts=_charts(data) | _net_charts(result),
+        charts=_charts(data) | _net_charts(result) | evaluation_charts(data),
+        evaluation=evaluation_rows(data),
         headline=_headline(data),
         rounds=[_round_row(data, item) for item in data.rounds],
         costs=_costs(data),

@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from engine.artifacts import RunDirectory, read_shard
+from engine.artifacts import RunDirectory, Stage, read_shard
 from engine.report_data import ReportData
 from engine.report_reader import Reader
 from engine.report_stages import collect_stages
+from ka2l.answer_facts import compare_facts, counts_of, win_rates
 from ka2l.errors import RunDirectoryError
 
 _SAME = "A baseline must ask the same model the same questions in the same way; only what is annotated may differ."
@@ -34,6 +35,28 @@ def read_baseline(mine: RunDirectory, url: str) -> ReportData:
         )
     _check_same(mine, other)
     return data
+
+
+def aspects_against(mine: RunDirectory, other: RunDirectory) -> dict[str, Any]:
+    """Wins, ties and losses of this run's last state against another's, by the facts that both have counted.
+
+    Empty where not both have counted facts, or not in the same way. Reads files only.
+    """
+    evaluated = [_last_evaluated(run) for run in (mine, other)]
+    if any(stage is None for stage in evaluated):
+        return {}
+    manifests = [stage.require() for stage in evaluated if stage is not None]
+    counted_by = [(m.config.get("facts"), m.config.get("teacher")) for m in manifests]
+    if counted_by[0] != counted_by[1] or counted_by[0][0] in (None, "none"):
+        return {}
+    ours, theirs = (counts_of(stage.table().to_pylist()) for stage in evaluated if stage is not None)
+    both = sorted(ours.keys() & theirs.keys())
+    return win_rates([compare_facts(ours[name], theirs[name]) for name in both], manifests[0].seed)
+
+
+def _last_evaluated(run: RunDirectory) -> Stage | None:
+    stages = (run.stage("evaluate", index) for index in reversed(range(run.num_rounds_begun())))
+    return next((stage for stage in stages if stage.manifest() is not None), None)
 
 
 def _check_same(mine: RunDirectory, other: RunDirectory) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.prices import PricesConfig
+from ka2l.evaluation import evaluation_summary
 from ka2l.records import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ class RoundReport:
         """Whether annotations have shown by this round where the base model was right."""
         return bool(self.stage("feedback").metrics.get("revealed"))
 
+    @property
+    def evaluated(self) -> bool:
+        """Whether more than accuracy was measured of this round's state."""
+        return bool(self.stage("evaluate").number("num_eval"))
+
     def stage(self, name: str) -> StageReport:
         """A stage's numbers; empty where the stage is not committed."""
         return self.stages.get(name, StageReport())
@@ -192,6 +198,8 @@ class ReportData:
     prices: PricesConfig = field(default_factory=PricesConfig)
     baselines: list[ReportData] = field(default_factory=list)
     """Other runs of the same model and pool, without what is read from tables."""
+    aspects: dict[str, Any] = field(default_factory=dict)
+    """Of a baseline: how the run's last state does against its last state, by aspect (answer_facts.win_rates)."""
     pool_stages: dict[str, StageReport] = field(default_factory=dict)
     rounds: list[RoundReport] = field(default_factory=list)
     improved: list[AnswerChange] = field(default_factory=list)
@@ -279,6 +287,7 @@ def summary(data: ReportData) -> dict[str, Any]:
                 },
                 "unknown_fraction": unknown_fraction(item),
                 "decoded": _decoded(item),
+                "evaluation": evaluation_summary(item.stage("evaluate").metrics) if item.evaluated else None,
                 "quadrants": {
                     "revealed": item.stage("feedback").metrics["revealed"],
                     "left": knowledge.metrics.get("quadrants"),

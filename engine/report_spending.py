@@ -17,13 +17,13 @@ PURPOSES: Mapping[str, tuple[str, ...]] = {
     "probing": ("label", "extract", "probe", "feedback", "knowledge", "select"),
     "decoding": ("corpus", "corpus_states", "decoder", "decode"),
     "tuning": ("facts", "difficulty", "augment", "tune", "compare"),
-    "measuring": (),
+    "measuring": ("evaluate",),
     "rest": ("questions", "references", "annotate"),
 }
 #: What only a selection that asks the model first needs.
 KNOWING = ("sampling", "probing")
 #: What the answers of ``observe`` are for.
-_ANSWERS = {"probe": "sampling", "eval": "measuring", "rehearsal": "tuning"}
+_ANSWERS = {"probe": "sampling", "eval": "measuring", "rehearsal": "tuning", "agreement": "measuring"}
 _PURPOSE_OF = {stage: purpose for purpose, stages in PURPOSES.items() for stage in stages}
 
 
@@ -108,7 +108,7 @@ def is_recorded(data: ReportData) -> bool:
 
 def _shares(name: str, item: RoundReport) -> Iterator[tuple[str, float]]:
     """Purposes of a stage and their shares. One engine session answers for several purposes: by generated tokens."""
-    kinds = {"observe": ("probe", "eval", "rehearsal"), "cluster": ("probe", "eval")}.get(name, ())
+    kinds = {"observe": tuple(_ANSWERS), "cluster": ("probe", "eval", "agreement")}.get(name, ())
     tokens = {kind: item.answer_tokens.get(kind, 0) for kind in kinds}
     total = sum(tokens.values())
     if not total:

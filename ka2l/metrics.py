@@ -115,6 +115,24 @@ def mean_with_ci(values: Sequence[float] | np.ndarray, seed: int, num_resamples:
     return _percentile_interval(float(array.mean()), np.concatenate(means))
 
 
+def ratio_with_ci(
+    numerators: Sequence[float] | np.ndarray,
+    denominators: Sequence[float] | np.ndarray,
+    seed: int,
+    num_resamples: int = 1000,
+) -> Estimate:
+    """Sum of (n,) numerators over sum of (n,) denominators, with the percentile interval of a bootstrap over rows; NaN
+    where the denominators add up to 0. Resamples that do are left out."""
+    above, below = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
+    if not below.sum():
+        return Estimate(math.nan, math.nan, math.nan)
+    ratios = []
+    for rows in _resamples(len(below), seed, num_resamples):
+        totals = below[rows].sum(axis=1)
+        ratios.append(above[rows].sum(axis=1)[totals > 0] / totals[totals > 0])
+    return _percentile_interval(float(above.sum() / below.sum()), np.concatenate(ratios))
+
+
 def proportion_with_ci(correct: Sequence[bool] | np.ndarray) -> Estimate:
     """Share of true entries with Wilson's score interval (Wilson 1927, doi 10.2307/2276774); NaN for no entries."""
     hits = np.asarray(correct, dtype=bool)

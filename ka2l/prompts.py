@@ -166,6 +166,42 @@ def rephrase_messages(question: str, facts: Sequence[str]) -> list[dict[str, str
     )
 
 
+# --- for a judge of answers ------------------------------------------------------------------------------------------
+
+
+def stated_facts_messages(question: str, answer: str) -> list[dict[str, str]]:
+    """Asks for the atomic facts of an answer that may state none."""
+    (turn,) = extract_messages(question, answer)
+    return [turn | {"content": turn["content"] + "\n\nAn answer that states nothing has an empty list of facts."}]
+
+
+def match_messages(question: str, facts: Sequence[str], reference: Sequence[str]) -> list[dict[str, str]]:
+    """Asks which facts of a reference an answer's facts state."""
+    return _turn(
+        "The facts of an answer to the question are to be checked against the facts of a reference. For each fact of "
+        "the answer, in their order, give the number of the reference's fact that states the same, or 0 if there is "
+        "none: another wording is fine; another person, place, number or date is not. Go by the reference alone, "
+        "whatever you know yourself.",
+        question=question,
+        facts_of_the_answer=_listed(facts),
+        facts_of_the_reference=_listed(reference),
+    )
+
+
+def compare_messages(question: str, reference: str, first: str, second: str) -> list[dict[str, str]]:
+    """Asks which of two answers is better in each of three aspects."""
+    return _turn(
+        "Two answers to the question are given, and a reference, which is right. Judge three aspects, each by itself. "
+        "Completeness: which answer states more of what the reference states? Factuality: of which answer's statements "
+        "is a larger share right? Logicality: which answer is told in the clearer order, with nothing contradicting "
+        "or repeating itself? Reply with first, second or tie for each. Length and order of the answers do not count.",
+        question=question,
+        reference=reference,
+        first_answer=first,
+        second_answer=second,
+    )
+
+
 def json_instruction(schema: str) -> str:
     """What follows a prompt where an endpoint cannot be held to a JSON schema.
 

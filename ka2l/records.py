@@ -19,8 +19,9 @@ SCHEMA_VERSION = 1
 #: annotated and tuned on, ``eval`` questions only measure.
 SPLITS = ("seed", "candidate", "eval")
 
-#: Why an answer was generated: to fit the probe, to measure accuracy, or as the model's own label for rehearsal.
-PURPOSES = ("probe", "eval", "rehearsal")
+#: Why an answer was generated: to fit the probe, to measure accuracy, as the model's own label for rehearsal, or to see
+#: how far the answers to an eval question agree.
+PURPOSES = ("probe", "eval", "rehearsal", "agreement")
 
 #: The parts of the seed questions. Threshold and weights see ``train``; layer choice, early stopping and calibration
 #: see ``validation``; reported figures come from ``test`` alone.
@@ -72,11 +73,11 @@ SAMPLES = pa.schema(
     ]
 )
 
-#: One question a row: its answers grouped by meaning (purposes ``probe``, ``rehearsal``) or graded (``eval``).
+#: One question a row: its answers grouped by meaning (several samples) or graded (``eval``).
 CLUSTERS = pa.schema(
     [
         _ID,
-        _field("purpose", pa.string(), "probe | eval | rehearsal"),
+        _field("purpose", pa.string(), "one of PURPOSES"),
         _field("semantic_ids", pa.list_(pa.int32()), "cluster of each sample, shape (num_samples,), ids from 0"),
         _field("num_clusters", pa.int32(), "distinct clusters"),
         _field("semantic_entropy", pa.float32(), "discrete semantic entropy, nats"),
@@ -113,6 +114,25 @@ KNOWLEDGE = pa.schema(
         _field("quadrant", pa.string(), "one of correctness.QUADRANTS, for the base model; null as above", True),
         _field("pca_0", pa.float32(), "first principal component of the chosen layer's states"),
         _field("pca_1", pa.float32(), "second principal component"),
+    ]
+)
+
+#: One eval question a row: figures of this model state's greedy answer; null where not measured.
+EVALUATED = pa.schema(
+    [
+        _ID,
+        _field("meteor", pa.float32(), "0 to 1, best over the references", True),
+        _field("rouge_l", pa.float32(), "F1, 0 to 1, best over the references", True),
+        _field("bert_score", pa.float32(), "F1, best over the references", True),
+        _field("num_correct", pa.int32(), "facts of the reference that the answer states", True),
+        _field("num_incorrect", pa.int32(), "facts that it states and the reference does not", True),
+        _field("num_missing", pa.int32(), "facts of the reference that it does not state", True),
+        _field("order", pa.float64(), "share of the pairs of correct facts in the reference's order", True),
+        _field(
+            "completeness", pa.int8(), "a judge prefers it to the base model's (1), or that one (-1), or none", True
+        ),
+        _field("factuality", pa.int8(), "as above", True),
+        _field("logicality", pa.int8(), "as above", True),
     ]
 )
 

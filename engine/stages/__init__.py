@@ -3,6 +3,7 @@
 from engine.stages.augmenting import augment, difficulty, facts
 from engine.stages.choosing import annotate, select
 from engine.stages.decoding import decode
+from engine.stages.evaluating import evaluate
 from engine.stages.fitting import check_tables, corpus, fit_decoder
 from engine.stages.knowing import feedback, knowledge, label, probe
 from engine.stages.observing import cluster, extract, observe
@@ -19,6 +20,7 @@ __all__ = [
     "corpus",
     "decode",
     "difficulty",
+    "evaluate",
     "extract",
     "facts",
     "feedback",

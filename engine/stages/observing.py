@@ -34,6 +34,7 @@ def observe(campaign: Campaign, round_index: int) -> None:
         rehearsal_greedy=greedy,
         # The last observation only measures: nothing is selected after it.
         probe_candidates=config.selection.kind == "semantic_entropy" and round_index < config.rounds,
+        num_agreement=config.evaluation.num_samples,
     )
     adapter = campaign.adapter_dir(round_index)
     canary = None if adapter is None else json.loads((Path(adapter) / "canary.json").read_text())

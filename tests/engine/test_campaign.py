@@ -51,7 +51,8 @@ def committed(run_dir: Path) -> dict[str, bytes]:
 
 def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
     places = [(stage.name, stage.round_index) for stage in committed_stages(run)]
-    stages = [name for name in ROUND_STAGES if name not in ("corpus_states", "decoder", "decode")]
+    of_others = ("corpus_states", "decoder", "decode", "facts", "difficulty", "augment", "compare")
+    stages = [name for name in ROUND_STAGES if name not in of_others]
     assert places == [
         ("questions", None),
         ("references", None),
@@ -60,6 +61,7 @@ def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
         ("observe", 2),
         ("cluster", 2),
         ("feedback", 2),  # what the last annotations have shown
+        ("evaluate", 2),
     ]
 
 
@@ -72,6 +74,7 @@ def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
         ("knowledge", records.KNOWLEDGE),
         ("select", records.SELECTION),
         ("annotate", records.ANNOTATIONS),
+        ("evaluate", records.EVALUATED),
     ],
 )
 def test_tables_have_the_schema_they_are_documented_with(run: RunDirectory, stage: str, schema: Any) -> None:
@@ -137,7 +140,7 @@ def test_the_ledger_adds_up_to_what_the_stages_took(run: RunDirectory) -> None:
         assert manifest.cost["cpu_seconds"] == pytest.approx(manifest.seconds), manifest.stage
         assert manifest.cost["gpu_seconds"] == 0
     asked = [manifest.cost["forward_passes"] for manifest in manifests if manifest.stage == "observe"]
-    assert asked == [108, 48, 48]
+    assert asked == [132, 72, 72]  # eval questions are asked twice: for one greedy answer and for three samples
 
 
 def test_only_eval_answers_are_graded(run: RunDirectory) -> None:
@@ -286,7 +289,7 @@ def test_a_stage_and_all_after_it_can_be_made_again(copy: Path, ka2l: Any, on_cl
     after = committed(copy)
     assert after.keys() == before.keys()
     changed = {name for name in before if after[name] != before[name]}
-    remade = {"round-002/observe", "round-002/cluster", "round-002/feedback"}
+    remade = {f"round-002/{name}" for name in ("observe", "cluster", "feedback", "evaluate")}
     assert {name.removesuffix("/manifest.json") for name in changed if name.endswith(".json")} >= remade
     assert {"/".join(name.split("/")[:2]) for name in changed} == remade
     for stage in ("observe", "cluster"):
@@ -318,6 +321,7 @@ def test_a_probe_run_maps_the_pool_and_annotates_nothing(
         "extract",
         "probe",
         "knowledge",
+        "evaluate",
     ]
     assert made.stage("knowledge", 0).table().equals(run.stage("knowledge", 0).table())
     ledger = pq.read_table(probed / "ledger.parquet")

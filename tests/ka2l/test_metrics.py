@@ -20,6 +20,7 @@ from ka2l.metrics import (
     mean_with_ci,
     normalise_answer,
     proportion_with_ci,
+    ratio_with_ci,
     token_f1,
 )
 
@@ -167,3 +168,11 @@ def test_metrics_become_strict_json() -> None:
     assert json.loads(json.dumps(safe, allow_nan=False)) == safe
     assert safe["array"] == [0.5, None]
     assert safe["forgetting"]["kept"] is None
+
+
+def test_a_ratio_is_of_sums_and_its_interval_holds_it() -> None:
+    made = ratio_with_ci([4, 0, 3], [4, 2, 6], seed=0)
+    assert made.value == pytest.approx(7 / 12)
+    assert made.low < made.value < made.high
+    assert ratio_with_ci([1, 1], [2, 2], seed=0) == (0.5, 0.5, 0.5)
+    assert math.isnan(ratio_with_ci([0], [0], seed=0).value)
