@@ -167,7 +167,7 @@ def test_no_stage_reads_a_table_of_the_pools_size_at_once(begin: Begin, monkeypa
     monkeypatch.setattr(Stage, "table", watched)
     select(campaign)
     stages.annotate(campaign, 0)
-    tuning._training_rows(campaign, [campaign.stage("annotate", 0)], campaign.stage("observe", 0), Echo())
+    tuning._training_rows(campaign, [campaign.stage("annotate", 0)], [], campaign.stage("observe", 0), Echo())
     warm_up._drawn(campaign, 10)
     # The seed and the eval questions are a fifth of the pool each, and the largest that any stage asks for.
     assert SPLIT.count("seed") <= most < NUM / 4
