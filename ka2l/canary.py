@@ -7,7 +7,7 @@ fixed prompts greedily with PEFT; the engine that serves the adapter must then a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ka2l.adapter import load_adapter, load_model, load_tokenizer
@@ -16,6 +16,7 @@ from ka2l.training import prompt_token_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 #: Logits of base and adapter nearer than this are the same but for rounding.
 MIN_LOGIT_DIFFERENCE = 1e-6
@@ -130,6 +131,29 @@ def check_canary(
         )
 
 
+def greedy_answers(
+    model_path: str,
+    result: Mapping[str, Any],
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> list[list[int]]:
+    """Greedy tokens of a model without any adapter for the prompts of a canary, for `check_canary`.
+
+    Args:
+        result: from `canary`; each answer is as long as PEFT's or ends before.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    import torch
+
+    model = load_model(model_path, trust_remote_code, dtype).to(device).eval()
+    asked = zip(result["prompt_token_ids"], result["peft_tokens"], strict=True)
+    with torch.inference_mode():
+        return [_greedy(model, ids, len(ours), result["eos_token_ids"])[0] for ids, ours in asked]
+
+
 def _first_difference(ours: list[int], theirs: list[int], eos: set[int]) -> int | None:
     """Position of the first token that differs; None where there is none. A left-out end token is no difference."""
     for step, (a, b) in enumerate(zip(ours, theirs, strict=False)):
@@ -141,7 +165,7 @@ def _first_difference(ours: list[int], theirs: list[int], eos: set[int]) -> int 
 
 
 def _greedy(
-    model: PeftModel, prompt_ids: list[int], max_tokens: int, eos_ids: list[int]
+    model: PeftModel | PreTrainedModel, prompt_ids: list[int], max_tokens: int, eos_ids: list[int]
 ) -> tuple[list[int], list[float], list[int]]:
     """Greedy tokens, margins and runners-up. Not ``generate``: it applies penalties of the generation config."""
     import torch
