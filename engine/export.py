@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple
 
 from engine.artifacts import RunDirectory, Stage
 from engine.campaign import Campaign
-from engine.config import RunConfig, parse_config
+from engine.config import RunConfig
 from engine.events import Events
-from engine.export_card import CardFacts, base_licence, base_name, is_local, render_card
+from engine.export_card import CardFacts, Whole, base_licence, base_name, is_local, render_card
 from engine.export_data import (
     FILES,
     FORMATS,
@@ -30,11 +31,13 @@ from engine.export_data import (
 from engine.export_folder import MARK, check_out, written_folder
 from engine.export_hub import check_push, push
 from engine.export_serve import Served, not_servable, serve_command
+from engine.export_source import check_base, chosen_round, config_of, tuned_rounds
 from engine.stages.tables import first_questions
-from ka2l.errors import ConfigError, ModelError, RunDirectoryError
-from ka2l.models import ModelConfig, model_identity
+from ka2l.errors import ConfigError
+from ka2l.models import ModelConfig
 from ka2l.prompts import EXAMPLES, plain_prompt
 
+_PIECE_BYTES = 8 * 2**20
 #: Finds the base model of a run: its config's ``model`` with ``path`` resolved to a folder or hub id.
 FindModel = Callable[[RunConfig], ModelConfig]
 
@@ -83,16 +86,16 @@ def export(run_dir: str, options: ExportOptions, find_model: FindModel) -> Expor
     if options.public and options.push_to_hub is None:
         raise ConfigError("--public is about --push-to-hub", hint="Give --push-to-hub ORG/NAME, too.")
     run = RunDirectory(run_dir)
-    config = _config_of(run)
+    config = config_of(run)
     out = check_out(options.out or f"exports/{config.name}", options.overwrite)
     if options.push_to_hub is not None:
         check_push(options.push_to_hub)
     summary = json.loads(run.read_text("summary.json") or "{}")
     model = config.model.model_copy(update={"path": options.base}) if options.base else find_model(config)
     campaign = Campaign(config, run, Events(run), model, "")
-    round_index = _chosen_round(run, _tuned_rounds(campaign), summary, options.round_index)
+    round_index = chosen_round(run, tuned_rounds(campaign), summary, options.round_index)
     notes: list[str] = []
-    _check_base(campaign, round_index, notes, needed=options.merged)
+    check_base(campaign, round_index, notes, needed=options.merged)
     data = annotated_set(campaign, round_index)
     formats = _possible(campaign, options.formats, data, notes)
     made = _Export(campaign, round_index, options, summary, out, notes)
@@ -102,68 +105,6 @@ def export(run_dir: str, options: ExportOptions, find_model: FindModel) -> Expor
     if options.push_to_hub is not None:
         address = push(out, options.push_to_hub, public=options.public)
     return Exported(out, rows, command, notes, address)
-
-
-# -- what there is to export -------------------------------------------------------------------------------------------
-
-
-def _config_of(run: RunDirectory) -> RunConfig:
-    if run.read_text("matrix.yaml") is not None:
-        raise RunDirectoryError(
-            f"{run.url} holds a benchmark, not a run", hint=f"Name one of its runs: ka2l export {run.url}/cells/CELL"
-        )
-    text = run.read_text("config.yaml")
-    if text is None:
-        raise RunDirectoryError(f"{run.url} holds no run", hint="Start one: ka2l run CONFIG --run-dir DIR")
-    if run.read_text("mode") == "probe":
-        raise RunDirectoryError(
-            f"{run.url} holds no adapter: `ka2l probe` tunes nothing", hint="Export a run made by `ka2l run`."
-        )
-    return parse_config(text, (), f"{run.url}/config.yaml")
-
-
-def _tuned_rounds(campaign: Campaign) -> list[int]:
-    """Rounds whose adapter is there."""
-    begun = range(campaign.run.num_rounds_begun())
-    return [index for index in begun if campaign.adapter_stage(index).manifest() is not None]
-
-
-def _chosen_round(run: RunDirectory, rounds: Sequence[int], summary: Mapping[str, Any], wanted: int | None) -> int:
-    if not rounds:
-        raise RunDirectoryError(f"no round of {run.url} has tuned an adapter yet", hint=f"Go on: ka2l resume {run.url}")
-    if wanted is not None:
-        if wanted not in rounds:
-            there = ", ".join(map(str, rounds))
-            raise RunDirectoryError(f"round {wanted} of {run.url} has no adapter", hint=f"These have one: {there}.")
-        return wanted
-    status = summary.get("status", "running")
-    if status != "complete":
-        raise RunDirectoryError(
-            f"{run.url} is not finished: {status}",
-            hint=f"Finish it: ka2l resume {run.url}. Or take the adapter of the last round that has one: "
-            f"--round {rounds[-1]}",
-        )
-    return rounds[-1]
-
-
-def _check_base(campaign: Campaign, round_index: int, notes: list[str], *, needed: bool) -> None:
-    """Raise ModelError where the base model is not the one that the adapter was tuned on."""
-    model = campaign.model
-    try:
-        found = model_identity(model)
-    except ModelError as error:
-        if needed:
-            raise ModelError(
-                f"merging needs the base model: {error.message}", hint="Say where it is: --base DIR"
-            ) from error
-        notes.append(f"The base model was not looked at: {error.message}.")
-        return
-    tuned_on = campaign.adapter_stage(round_index).require().config["run"]["model"]["content"]
-    if found != tuned_on:
-        raise ModelError(
-            f"the adapter was tuned on another base model than {model.path} ({tuned_on}, not {found})",
-            hint="Its files have changed since, or it is another model. Say where the right one is: --base DIR",
-        )
 
 
 def _possible(campaign: Campaign, wanted: Sequence[Format], data: AnnotatedSet, notes: list[str]) -> list[Format]:
@@ -207,17 +148,15 @@ class _Export:
         self, folder: Path, data: AnnotatedSet, formats: Sequence[Format]
     ) -> tuple[dict[Format, int], str | None]:
         """Write all files; returns the rows of each format and the command that serves them."""
-        self._copy_adapter(folder)
-        fields = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        fields = self._write_adapter(folder)
         canary = json.loads((folder / "canary.json").read_text(encoding="utf-8"))
-        merged_dtype = self._merge(folder, canary) if self.options.merged else None
+        whole = self._write_whole(folder, canary, beside=fields is not None)
         prompt, chat = self._prompt(canary)
         asked = Asked(self.campaign.config.prompt, chat)
         rows = {name: write_format(folder / FILES[name], name, data.of(name), asked) for name in formats}
-        reason = not_servable(fields)
         base, where = self.campaign.model.path, self.options.push_to_hub or "."
         found_at = str(Path(base).expanduser().absolute()) if is_local(base) else base
-        command = self._command(fields, found_at, str(self.out), merged=merged_dtype is not None)
+        command = self._command(fields, found_at, str(self.out), str(self.out), whole)
         facts = CardFacts(
             round_index=self.round_index,
             manifest=self.stage.require(),
@@ -229,32 +168,60 @@ class _Export:
             chat=chat,
             where=where,
             name=self.name,
-            command=self._command(fields, base_name(base), where, merged=merged_dtype is not None),
-            not_served=reason,
-            merged_dtype=merged_dtype,
+            command=self._command(fields, base_name(base), where, ".", whole),
+            not_served=None if fields is None else not_servable(fields),
             adapter_config=fields,
+            whole=whole,
         )
-        if reason is not None:
-            self.notes.append(reason)
+        if facts.not_served is not None:
+            self.notes.append(facts.not_served)
         (folder / "README.md").write_text(render_card(self.campaign, facts), encoding="utf-8")
-        self._write_mark(folder, rows, command, merged_dtype)
+        self._write_mark(folder, rows, command, whole)
         return rows, command
 
-    def _copy_adapter(self, folder: Path) -> None:
-        """The stage's adapter files, byte for byte."""
-        for entry in self.stage.verify().files:
-            if entry.path.startswith("adapter/"):
-                content = self.campaign.run.read_bytes(f"{self.stage.path}/{entry.path}")
-                assert content is not None
-                (folder / Path(entry.path).name).write_bytes(content)
+    def _write_adapter(self, folder: Path) -> dict[str, Any] | None:
+        """The adapter's files, byte for byte, and the canary; returns the adapter's config, None where the run has
+        tuned a whole model."""
+        self._copy("model", folder, only="canary.json")
+        if not self._copy("adapter", folder):
+            return None
+        fields: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return fields
 
-    def _merge(self, folder: Path, canary: Mapping[str, Any]) -> str:
+    def _write_whole(self, folder: Path, canary: dict[str, Any], *, beside: bool) -> Whole | None:
+        """A whole model: the one that the run has written, else on request base and adapter merged.
+
+        Args:
+            beside: there is an adapter, too.
+        """
+        if beside and not self.options.merged:
+            return None
+        place = "merged" if beside else ""
+        if self._copy("model", folder / place):
+            if beside:
+                (folder / place / "canary.json").unlink()
+            found = json.loads((folder / place / "config.json").read_text(encoding="utf-8"))
+            return Whole(place, str(found.get("dtype") or found.get("torch_dtype")))
         from ka2l.merging import check_merged, merge_adapter
 
-        model, merged = self.campaign.model, str(folder / "merged")
+        model, merged = self.campaign.model, str(folder / place)
         dtype = merge_adapter(model.path, str(folder), merged, model.trust_remote_code)
         check_merged(merged, dtype, canary, model.trust_remote_code)
-        return dtype
+        return Whole(place, dtype)
+
+    def _copy(self, source: str, folder: Path, only: str | None = None) -> bool:
+        """Copy what the stage has committed in one of its folders; returns whether there was anything."""
+        names = [entry.path for entry in self.stage.verify().files if entry.path.startswith(f"{source}/")]
+        for path in names:
+            name = Path(path).name
+            if only in (None, name):
+                folder.mkdir(exist_ok=True)
+                with (
+                    self.campaign.run.fs.open_input_stream(f"{self.stage.path}/{path}") as reader,
+                    (folder / name).open("wb") as writer,
+                ):
+                    shutil.copyfileobj(reader, writer, _PIECE_BYTES)
+        return bool(names)
 
     def _prompt(self, canary: Mapping[str, Any]) -> tuple[str, bool]:
         """How the run asks ``{question}``, and whether a chat template renders that; read from the canary's prompts,
@@ -266,19 +233,18 @@ class _Export:
         before, found, after = rendered.rpartition(first)
         return (f"{before}{{question}}{after}" if found else rendered), chat
 
-    def _command(self, fields: Mapping[str, Any], base: str, where: str, *, merged: bool) -> str | None:
-        served = None
-        if not_servable(fields) is None:
-            served = Served(base, self.name, where, None)
-        elif merged:
-            served = Served(base, self.name, None, str(Path(where) / "merged"))
-        if served is None:
+    def _command(
+        self, fields: Mapping[str, Any] | None, base: str, adapter: str, folder: str, whole: Whole | None
+    ) -> str | None:
+        if fields is not None and not_servable(fields) is None:
+            served = Served(base, self.name, adapter, None)
+        elif whole is not None:
+            served = Served(base, self.name, None, f"{folder}/{whole.place}" if whole.place else adapter)
+        else:
             return None
-        return serve_command(served, self.campaign.config, fields, self.campaign.model.path)
+        return serve_command(served, self.campaign.config, fields or {}, self.campaign.model.path)
 
-    def _write_mark(
-        self, folder: Path, rows: Mapping[Format, int], command: str | None, merged_dtype: str | None
-    ) -> None:
+    def _write_mark(self, folder: Path, rows: Mapping[Format, int], command: str | None, whole: Whole | None) -> None:
         manifest = self.stage.require()
         content = {
             "run": self.campaign.run.url,
@@ -286,7 +252,7 @@ class _Export:
             "stage": manifest.stage,
             "fingerprint": manifest.fingerprint,
             "model": manifest.config["run"]["model"],
-            "merged": merged_dtype,
+            "whole_model": None if whole is None else whole._asdict(),
             "rows": {FILES[name]: count for name, count in rows.items()},
             "serve": command,
             "notes": self.notes,

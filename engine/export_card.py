@@ -68,6 +68,15 @@ def _front_matter(readme: Path) -> dict[str, Any]:
     return found
 
 
+class Whole(NamedTuple):
+    """A whole model in an export."""
+
+    place: str
+    """Its folder in the export; empty where that itself is the model."""
+    dtype: str
+    """That its weights are saved in."""
+
+
 class CardFacts(NamedTuple):
     """What a card is written from, besides the run."""
 
@@ -89,9 +98,10 @@ class CardFacts(NamedTuple):
     command: str | None
     """``vllm serve ...``."""
     not_served: str | None
-    merged_dtype: str | None
-    """None where no merged weights were made."""
-    adapter_config: Mapping[str, Any]
+    adapter_config: Mapping[str, Any] | None
+    """None where the run has tuned a whole model."""
+    whole: Whole | None
+    """None where the adapter is all."""
 
 
 def is_local(base: str) -> bool:
@@ -112,12 +122,12 @@ def render_card(campaign: Campaign, facts: CardFacts) -> str:
     import jinja2
     from huggingface_hub import ModelCardData
 
-    base = base_name(campaign.model.path)
+    base, adapter = base_name(campaign.model.path), facts.adapter_config
     metadata = ModelCardData(
         base_model=base,
-        library_name="peft",
+        library_name="transformers" if adapter is None else "peft",
         pipeline_tag="text-generation",
-        tags=["ka2l", "active-learning", str(facts.adapter_config.get("peft_type", "peft")).lower()],
+        tags=["ka2l", "active-learning", *([] if adapter is None else [str(adapter["peft_type"]).lower()])],
         **facts.licence.metadata,
     )
     environment = jinja2.Environment(

@@ -7,7 +7,7 @@ fixed prompts greedily with PEFT; the engine that serves the adapter must then a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ka2l.adapter import load_adapter, load_model, load_tokenizer
@@ -16,7 +16,6 @@ from ka2l.training import prompt_token_ids
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 #: Logits of base and adapter nearer than this are the same but for rounding.
 MIN_LOGIT_DIFFERENCE = 1e-6
@@ -133,7 +132,7 @@ def check_canary(
 
 def greedy_answers(
     model_path: str,
-    result: Mapping[str, Any],
+    result: dict[str, Any],
     dtype: str = "float32",
     device: str = "cpu",
     trust_remote_code: bool = False,
@@ -148,7 +147,9 @@ def greedy_answers(
     """
     import torch
 
-    model = load_model(model_path, trust_remote_code, dtype).to(device).eval()
+    from ka2l.models import load_causal_lm
+
+    model: Any = load_causal_lm(model_path, dtype, trust_remote_code).to(device).eval()  # type: ignore[arg-type]
     asked = zip(result["prompt_token_ids"], result["peft_tokens"], strict=True)
     with torch.inference_mode():
         return [_greedy(model, ids, len(ours), result["eos_token_ids"])[0] for ids, ours in asked]
@@ -165,7 +166,7 @@ def _first_difference(ours: list[int], theirs: list[int], eos: set[int]) -> int 
 
 
 def _greedy(
-    model: PeftModel | PreTrainedModel, prompt_ids: list[int], max_tokens: int, eos_ids: list[int]
+    model: PeftModel, prompt_ids: list[int], max_tokens: int, eos_ids: list[int]
 ) -> tuple[list[int], list[float], list[int]]:
     """Greedy tokens, margins and runners-up. Not ``generate``: it applies penalties of the generation config."""
     import torch

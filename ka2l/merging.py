@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ka2l.adapter import load_adapter, load_model
@@ -42,7 +41,7 @@ def merge_adapter(model_path: str, adapter_dir: str, output_dir: str, trust_remo
     return str(dtype).removeprefix("torch.")
 
 
-def check_merged(merged_dir: str, dtype: str, canary: Mapping[str, Any], trust_remote_code: bool = False) -> None:
+def check_merged(merged_dir: str, dtype: str, canary: dict[str, Any], trust_remote_code: bool = False) -> None:
     """Raise CanaryError unless the written merged model answers the canary's prompts greedily as the adapter did.
 
     Tolerated is a genuine tie in the coarser of both dtypes, as `ka2l.canary.check_canary` explains.
@@ -54,7 +53,7 @@ def check_merged(merged_dir: str, dtype: str, canary: Mapping[str, Any], trust_r
     answers = greedy_answers(merged_dir, canary, canary["dtype"], trust_remote_code=trust_remote_code)
     margin = max(TIE_MARGINS[dtype], TIE_MARGINS[canary["dtype"]])
     try:
-        check_canary(dict(canary), answers, margin)
+        check_canary(canary, answers, margin)
     except CanaryError as error:
         raise CanaryError(
             f"The merged weights do not answer as the adapter does. {error.message}",

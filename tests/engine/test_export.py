@@ -174,6 +174,41 @@ def test_the_printed_command_is_one_of_vllm_s_and_the_adapter_answers_there_as_i
     assert found == {"host": "127.0.0.1", "answers": {"mini": canary["peft_tokens"]}}
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["merged beside the adapter", "instead of an adapter"])
+def test_a_whole_model_that_the_run_has_written_is_handed_over_as_it_is(
+    beside: bool, copy: Path, command: Any, exported: Exported
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    become_whole(copy, exported.model, beside)
+    words = ["--merged"] if beside else []
+    code, out, err = command("export", copy, "--out", copy.parent / "out", "--format", "alpaca", *words)
+    assert code == 0, err
+    place = copy.parent / "out" / ("merged" if beside else "")
+    model = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+    prompts, expected = answers_of_the_run(exported)
+    assert texts(model, exported.model, prompts, 4) != expected  # the model put there is the base model
+    assert (place / "model.safetensors").read_bytes() == (exported.model / "model.safetensors").read_bytes()
+    assert (copy.parent / "out/adapter_config.json").exists() == beside
+    assert beside or f"vllm serve {copy.parent / 'out'} " in out
+    card = huggingface_hub.ModelCard.load(copy.parent / "out/README.md")
+    assert card.data.library_name == ("peft" if beside else "transformers")
+
+
+def become_whole(run_dir: Path, model: Path, beside: bool) -> None:
+    """A run whose last round has written a whole model, and as such a model the one it began with."""
+    stage = RunDirectory(run_dir).stage("tune", 1)
+    tuned = stage.require()
+    folder = run_dir / "round-001/tune"
+    shutil.copytree(model, folder / "model")
+    (folder / "adapter/canary.json").rename(folder / "model/canary.json")
+    if not beside:
+        shutil.rmtree(folder / "adapter")
+    (folder / "manifest.json").unlink()
+    stage.begin("made up", tuned.config, {})
+    stage.commit(wanted="made up", config=tuned.config, inputs={}, metrics={}, cost={}, seed=0, seconds=0.0)
+
+
 # -- the data ----------------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +315,7 @@ def test_what_knowtuning_made_is_exported_with_the_answers_it_was_made_of(copy: 
     assert [row["prompt"] for row in rows if row["part"] == "fine_grained"] == [plain_prompt("Which of both?")]
     assert len(rows) == 12 + 1
     mark = json.loads((copy.parent / "out/export.json").read_text())
-    assert mark["stage"] == "compare"
+    assert (mark["stage"], mark["whole_model"]) == ("compare", None)
     assert "Comparisons by completeness: 1" in (copy.parent / "out/README.md").read_text()
 
 
