@@ -23,7 +23,7 @@ _FENCE = re.compile(r"`{3,}")
 class Licence(NamedTuple):
     """Of the base model."""
 
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     """``license``, ``license_name`` and ``license_link`` as a model card has them; empty where it is not known."""
     sentence: str
 
