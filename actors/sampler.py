@@ -43,9 +43,8 @@ class VLLMSampler:
         arguments = engine_arguments(model_path, config, dtype, trust_remote_code)
         self.lora = None
         if adapter is not None:
-            rank = json.loads((Path(adapter) / "adapter_config.json").read_text())["r"]
-            allowed = min(r for r in _LORA_RANKS if r >= rank)
-            arguments = {"enable_lora": True, "max_lora_rank": allowed, "max_loras": 1} | arguments
+            fields = json.loads((Path(adapter) / "adapter_config.json").read_text())
+            arguments = {"enable_lora": True, "max_lora_rank": max_lora_rank(fields["r"]), "max_loras": 1} | arguments
             self.lora = LoRARequest("adapter", 1, adapter)
             if not _has_gpu():
                 multiply_one_adapter()
@@ -222,6 +221,11 @@ def engine_arguments(
         # ("CPU Generator does not use offset").
         arguments["enable_chunked_prefill"] = False
     return arguments | config.engine_args
+
+
+def max_lora_rank(rank: int) -> int:
+    """The least of vLLM's limits that lets an adapter of this rank in."""
+    return min(limit for limit in _LORA_RANKS if limit >= rank)
 
 
 def _has_gpu() -> bool:

@@ -1,4 +1,4 @@
-"""The command line: ``ka2l run | resume | status | report | estimate | probe | annotate | testbed | config``."""
+"""The command line: ``ka2l run``, ``resume``, ``status``, ``report``, ``export`` and others: ``ka2l --help``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from engine.config import RunConfig
     from engine.matrix import Cell, MatrixConfig
     from engine.prices import PricesConfig
+    from ka2l.models import ModelConfig
     from ka2l.testbed import Testbed, TestbedConfig
 
 app = typer.Typer(
@@ -182,6 +183,85 @@ def _changed_prices(config_text: str, overrides: Sequence[str]) -> PricesConfig 
         values = None
     known = {"prices": values.get("prices") or {}} if isinstance(values, dict) else {}
     return parse_config(yaml.safe_dump(known), overrides, "--set").prices
+
+
+@app.command("export")
+def export_command(
+    run_dir: RunDirArgument,
+    out: Annotated[str | None, typer.Option(help="Local folder to write; exports/NAME where not given.")] = None,
+    round_index: Annotated[
+        int | None, typer.Option("--round", help="Take this round's adapter; the last of a finished run if not given.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Also write the base model with the adapter merged in, and check it.")
+    ] = False,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="alpaca, sharegpt, prompt_completion or preference; may be repeated. Default: "
+            "all that the run can give.",
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Where the base model is, if no longer where the run's config says.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Upload adapter, card and merged weights, as a private repository; "
+            "never the data. The token comes from HF_TOKEN.",
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see what --push-to-hub uploads.")] = False,
+) -> None:
+    """Hand a run over: its adapter with a model card, the annotated data, and the command that serves it.
+
+    Reads what is committed; needs no cluster, and the base model only for --merged.
+
+    \b
+    What is written:
+      README.md, adapter_*              the adapter with its card, as PEFT, transformers and vLLM load it
+      data/alpaca.json, sharegpt.json   question and answer, for trainers that read these
+      data/prompt_completion.jsonl      the same with the run's own prompt, for TRL's SFTTrainer
+      data/preference.jsonl             better and worse answers, for TRL's DPOTrainer
+      merged/                           with --merged
+      canary.json                       prompts and what the adapter answers, to check a server with
+    Every row of data/ keeps its question_id, annotator and round.
+
+    Example: ka2l export runs/mine --out handover --merged
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from engine.export import ExportOptions, export
+
+    disable_progress_bar()
+    options = ExportOptions(
+        out, round_index, base, merged, tuple(formats or ()), overwrite, push_to_hub, public  # type: ignore[arg-type]
+    )  # fmt: skip
+    made = export(run_dir, options, _model_where_it_lies)
+    for note in made.notes:
+        typer.echo(note, err=True)
+    typer.echo(f"export: {made.folder}")
+    for name, count in made.rows.items():
+        typer.echo(f"{name}: {count:,} rows")
+    if made.address is not None:
+        typer.echo(f"pushed: {made.address}")
+    if made.command is not None:
+        typer.echo(f"serve it on this machine:\n  {made.command}")
+
+
+def _model_where_it_lies(config: RunConfig) -> ModelConfig:
+    """The model of a run, with ``testbed`` as the folder that it was built in; builds nothing."""
+    from ka2l.testbed import cached_testbed_at
+
+    if config.model.path != "testbed":
+        return config.model
+    return config.model.model_copy(
+        update={"path": str(cached_testbed_at(config.testbed, cache_dir() / "testbeds").model)}
+    )
 
 
 @app.command()

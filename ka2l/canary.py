@@ -130,6 +130,31 @@ def check_canary(
         )
 
 
+def greedy_answers(
+    model_path: str,
+    result: dict[str, Any],
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+) -> list[list[int]]:
+    """Greedy tokens of a model without any adapter for the prompts of a canary, for `check_canary`.
+
+    Args:
+        result: from `canary`; each answer is as long as PEFT's or ends before.
+
+    Raises:
+        ModelError: the model cannot be loaded.
+    """
+    import torch
+
+    from ka2l.models import load_causal_lm
+
+    model: Any = load_causal_lm(model_path, dtype, trust_remote_code).to(device).eval()  # type: ignore[arg-type]
+    asked = zip(result["prompt_token_ids"], result["peft_tokens"], strict=True)
+    with torch.inference_mode():
+        return [_greedy(model, ids, len(ours), result["eos_token_ids"])[0] for ids, ours in asked]
+
+
 def _first_difference(ours: list[int], theirs: list[int], eos: set[int]) -> int | None:
     """Position of the first token that differs; None where there is none. A left-out end token is no difference."""
     for step, (a, b) in enumerate(zip(ours, theirs, strict=False)):

@@ -136,17 +136,20 @@ def fingerprint(config: TestbedConfig) -> str:
     return digest.hexdigest()
 
 
+def cached_testbed_at(config: TestbedConfig, cache_dir: Path) -> Testbed:
+    """Where the testbed of this config lies in ``cache_dir``, or would lie; builds nothing."""
+    return _testbed_at(Path(cache_dir) / f"testbed-{fingerprint(config)[:16]}")
+
+
 def cached_testbed(
     config: TestbedConfig, cache_dir: Path, progress: Callable[[int, int], None] | None = None
 ) -> Testbed:
     """The testbed of this config in ``cache_dir``, built there if it is not. Only one process builds at a time."""
     from filelock import FileLock
 
-    mark = fingerprint(config)
-    cache_dir = Path(cache_dir)
-    directory = cache_dir / f"testbed-{mark[:16]}"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache_dir / f".testbed-{mark[:16]}.lock"):
+    directory = cached_testbed_at(config, cache_dir).directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_name(f".{directory.name}.lock")):
         if not (directory / "testbed.json").is_file():
             build_testbed(config, directory, progress)
     return _testbed_at(directory)

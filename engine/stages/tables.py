@@ -46,6 +46,15 @@ def among(ids: Iterable[str]) -> pc.Expression:
     return pc.field("question_id").isin(pa.array(list(ids), pa.string()))
 
 
+def first_questions(questions: Stage, count: int) -> list[str]:
+    """The questions with the lowest ids."""
+    first: list[pa.Table] = []
+    for name in questions.shard_names():
+        rows = pa.concat_tables([*first, read_shard(questions.url, name, ["question_id", "question"])])
+        first = [rows.take(pc.select_k_unstable(rows, count, [("question_id", "ascending")]))]
+    return first[0]["question"].to_pylist()
+
+
 def eval_grades(campaign: Campaign, round_index: int) -> dict[str, bool]:
     """Whether each eval question was answered right in a round."""
     graded = campaign.stage("cluster", round_index)

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from actors.trainer import Workers, run_canary, run_training, write_rows
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage
-from engine.stages.tables import adapter_input, among, by_id
+from engine.stages.tables import adapter_input, among, by_id, first_questions
 from ka2l.canary import check_canary
 from ka2l.comparison import comparison_rows
 from ka2l.knowtuning import FINE_GRAINED
@@ -199,7 +199,7 @@ def _train(
 def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> dict[str, Any]:
     """PEFT's side of the canary; the next observation checks the serving engine against it."""
     config = campaign.config
-    prompts = [prompter.text(question) for question in _first_questions(campaign.stage("questions"), _CANARY_PROMPTS)]
+    prompts = [prompter.text(question) for question in first_questions(campaign.stage("questions"), _CANARY_PROMPTS)]
     gpus = min(1.0, config.tuning.gpus_per_worker)
     arguments = {
         "model_path": campaign.model.path,
@@ -216,12 +216,3 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
         result = run_canary(arguments, Workers("tuning", 1, cpus, gpus, config.faults, placement), log)
     check_canary(result)
     return result
-
-
-def _first_questions(questions: Stage, count: int) -> list[str]:
-    """The questions with the lowest ids."""
-    first: list[pa.Table] = []
-    for name in questions.shard_names():
-        rows = pa.concat_tables([*first, read_shard(questions.url, name, ["question_id", "question"])])
-        first = [rows.take(pc.select_k_unstable(rows, count, [("question_id", "ascending")]))]
-    return first[0]["question"].to_pylist()
