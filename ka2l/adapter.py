@@ -210,7 +210,7 @@ def is_prompt_adapter(folder: str) -> bool:
     if not is_adapter(folder):
         return False
     peft_type = json.loads((Path(folder) / "adapter_config.json").read_text()).get("peft_type")
-    return peft_type in ("P_TUNING", "PREFIX_TUNING")
+    return peft_type in ("P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING")
 
 
 def load_adapter(base: PreTrainedModel, adapter_dir: str, trainable: bool = False) -> PeftModel:

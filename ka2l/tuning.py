@@ -216,7 +216,8 @@ def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) 
 
 
 def num_steps(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
-    """Optimiser steps that tuning on so many questions takes."""
+    """Optimiser steps that tuning on so many questions takes, if it is not ended early."""
+    num_annotated -= round(config.holdout * num_annotated)
     rows = rows_per_pass(config, num_annotated, num_rehearsed)
     return config.max_steps or math.ceil(
         config.num_epochs * rows / min(config.batch_size, num_annotated + num_rehearsed)

@@ -258,6 +258,14 @@ def test_fsdp_asks_transformers_for_its_second_version(tmp_path: Path, monkeypat
     assert plugin["activation_checkpointing"] is True
 
 
+@pytest.mark.gpu
+def test_an_adapter_trained_on_four_bits_is_served_on_the_base_as_it_is(llama: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    result = train(llama, config_of("qlora", gpus_per_worker=1), tmp_path)
+    assert result.metrics["last_loss"] < result.metrics["first_loss"] - 0.3
+    check_canary(canary(llama, result.adapter_dir, PROMPTS, max_tokens=6, chat=False))
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
