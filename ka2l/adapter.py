@@ -87,7 +87,7 @@ class AdapterConfig(Section):
         if self.kind == "full":
             return "full: every round trains all weights and writes a whole model, which the sampler loads."
         if self.is_merged:
-            why = "no engine serves DoRA" if self.kind == "dora" else f"vLLM serves ranks up to {MAX_SERVED_RANK}"
+            why = "vLLM serves no DoRA" if self.kind == "dora" else f"vLLM serves ranks up to {MAX_SERVED_RANK}"
             return f"{self.kind} of rank {self.r}: merged into a whole model after training, since {why}."
         return f"{self.kind} of rank {self.r}: the adapter is served on the base model as it is."
 

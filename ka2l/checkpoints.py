@@ -16,7 +16,7 @@ from ka2l.adapter import load_prompt_encoder, save_prompt_encoder
 if TYPE_CHECKING:
     from pyarrow import fs as pafs
 
-    from ka2l.tuning import TuningConfig
+    from ka2l.tuning_config import TuningConfig
 
 #: Checkpoints of a training, and evaluations on what is held out, where the config does not say.
 _SHARES = 10

@@ -24,7 +24,7 @@ from ka2l.errors import ConfigError, EngineError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ka2l.tuning import TuningConfig
+    from ka2l.tuning_config import TuningConfig
 
 
 def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:

@@ -70,9 +70,15 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
     handler = signal.getsignal(signal.SIGINT)
     results = {}
     for workers in (1, 2):
-        config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32")
+        config = TuningConfig(
+            max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32", checkpoint_steps=5
+        )
         reports: list[dict[str, Any]] = []
-        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append)
+        kept = CheckpointFolder(str(tmp_path / f"kept-{workers}"))
+        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append, checkpoints=kept)
+        (last,) = (tmp_path / f"kept-{workers}" / f"workers-{workers}").glob("checkpoint_*/")
+        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 12
+        assert len(list(last.glob("rng_state*"))) == workers
         assert [report["step"] for report in reports] == list(range(1, 13))
         assert reports[-1]["loss"] == results[workers]["last_loss"]
     one, two = results[1], results[2]
