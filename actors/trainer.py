@@ -218,6 +218,9 @@ def _trainer(loop_config: dict[str, Any], workers: Workers, storage: CheckpointF
     resources = {"CPU": workers.cpus}
     if workers.gpus > 0:
         resources["GPU"] = workers.gpus
+    # Ray Train's controller takes a checkpoint up when it looks after its workers; until then they wait, and a killed
+    # one's is lost.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS / 2))
     # Of another number of workers a batch may be made up otherwise, so that is a training of its own.
     name = f"workers-{workers.num_workers}"
     _forget_broken(storage, name)

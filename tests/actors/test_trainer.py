@@ -103,7 +103,7 @@ def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint(llama: str,
 
     def kill_once_there_is_one(report: dict[str, Any]) -> None:
         steps.append(report["step"])
-        if len(steps) == 3:  # steps 1, 6 and 12
+        if len(steps) == 5:  # steps 1, 6, 12, 18 and 24
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):  # children come and go
                     if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
