@@ -166,13 +166,13 @@ def new_adapter(base: PreTrainedModel, config: AdapterConfig) -> PeftModel:
     if config.is_low_rank:
         _check_targets(base, config.target_modules)
     try:
-        model = get_peft_model(base, _peft_config(config, base))  # type: ignore[arg-type]
+        model = get_peft_model(base, _peft_config(config, base))
     except ValueError as error:
         raise _target_error(base, f"{config.kind} cannot be put on the model: {first_line(error)}") from error
     # TRL computes the loss from the LM head's own weight, so an adapter on it would never be trained.
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise _target_error(base, "tuning.adapter.target_modules: the LM head cannot be adapted.")
-    return model  # type: ignore[return-value]
+    return model
 
 
 def _peft_config(config: AdapterConfig, base: PreTrainedModel) -> Any:
@@ -235,7 +235,7 @@ def _trainable_prompt(base: PreTrainedModel, adapter_dir: str) -> PeftModel:
 
     config = PeftConfig.from_pretrained(adapter_dir)
     config.inference_mode = False
-    model: PeftModel = get_peft_model(base, config)  # type: ignore[arg-type, assignment]
+    model: PeftModel = get_peft_model(base, config)
     set_peft_model_state_dict(model, load_peft_weights(adapter_dir, device="cpu"))
     load_prompt_encoder(model, adapter_dir)
     return model
