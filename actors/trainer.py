@@ -223,7 +223,7 @@ def _trainer(loop_config: dict[str, Any], workers: Workers, storage: CheckpointF
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS / 2))
     # Of another number of workers a batch may be made up otherwise, so that is a training of its own.
     name = f"workers-{workers.num_workers}"
-    _forget_broken(storage, name)
+    _tidy(storage, name)
     run_config: Any = RunConfig(
         name=name,
         storage_path=storage.path,
@@ -242,22 +242,29 @@ def _trainer(loop_config: dict[str, Any], workers: Workers, storage: CheckpointF
     )
 
 
-def _forget_broken(storage: CheckpointFolder, name: str) -> None:
-    """Remove checkpoints of which Ray Train's note was half written when it died: it would refuse to begin."""
+def _tidy(storage: CheckpointFolder, name: str) -> None:
+    """Remove checkpoints that Ray Train had not taken up when it died, and all of them where its note of them was half
+    written or names one that is gone: it would refuse to begin."""
     from pyarrow import fs as pafs
 
     files, folder = storage.filesystem or pafs.LocalFileSystem(), f"{storage.path}/{name}"
-    path = f"{folder}/checkpoint_manager_snapshot.json"
-    if files.get_file_info(path).type != pafs.FileType.File:
+    found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    there = {info.base_name for info in found if info.type == pafs.FileType.Directory}
+    if not there:
         return
     try:
-        with files.open_input_stream(path) as stream:
-            noted = json.loads(stream.read())["latest_checkpoint_result"]["checkpoint_dir_name"]
-        whole = files.get_file_info(f"{folder}/{noted}").type == pafs.FileType.Directory
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
+        with files.open_input_stream(f"{folder}/checkpoint_manager_snapshot.json") as stream:
+            note = json.loads(stream.read())
+        noted = {
+            kept["checkpoint_dir_name"] for kept in [note["latest_checkpoint_result"], *note["checkpoint_results"]]
+        }
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        noted = {""}
+    if not noted <= there:
         files.delete_dir(folder)
+        return
+    for left in there - noted:
+        files.delete_dir(f"{folder}/{left}")
 
 
 class WorkerLostError(StageFailedError):

@@ -105,7 +105,8 @@ def checkpoint_keeper(checkpoints: Checkpoints | None) -> Any:
                     only = shutil.ignore_patterns("optimizer*", "scheduler*", "rng_state*", _BEST)
                     shutil.copytree(best, folder / _BEST / "state", ignore=only)
             _wait_for_all()
-            if checkpoints is not None:
+            # Not at the end: what goes on from there would make one step more.
+            if checkpoints is not None and not control.should_training_stop:
                 checkpoints.keep(str(folder) if state.is_world_process_zero else None)
             _wait_for_all()
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.trainer import Workers, _Follower, _forget_broken, read_rows, run_canary, run_training, write_rows
+from actors.trainer import Workers, _Follower, _tidy, read_rows, run_canary, run_training, write_rows
 from ka2l.adapter import AdapterConfig
 from ka2l.checkpoints import CheckpointFolder
 from ka2l.errors import ModelError, ResourcesBusyError, StageFailedError
@@ -77,7 +77,7 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
         kept = CheckpointFolder(str(tmp_path / f"kept-{workers}"))
         results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append, checkpoints=kept)
         (last,) = (tmp_path / f"kept-{workers}" / f"workers-{workers}").glob("checkpoint_*/")
-        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 12
+        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 10
         assert len(list(last.glob("rng_state*"))) == workers
         assert [report["step"] for report in reports] == list(range(1, 13))
         assert reports[-1]["loss"] == results[workers]["last_loss"]
@@ -130,19 +130,21 @@ def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint(llama: str,
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def test_checkpoints_with_half_a_note_are_forgotten_and_whole_ones_kept(tmp_path: Path) -> None:
+def test_checkpoints_that_were_not_taken_up_are_removed_and_all_where_the_note_is_broken(tmp_path: Path) -> None:
     kept = CheckpointFolder(str(tmp_path))
     folder = tmp_path / "workers-1"
-    (folder / "checkpoint_1").mkdir(parents=True)
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (folder / name).mkdir(parents=True)
     note = folder / "checkpoint_manager_snapshot.json"
-    whole = json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}})
+    one = {"checkpoint_dir_name": "checkpoint_1", "metrics": {}}
+    whole = json.dumps({"latest_checkpoint_result": one, "checkpoint_results": [one]})
     note.write_text(whole)
-    _forget_broken(kept, "workers-1")
-    assert note.exists()
+    _tidy(kept, "workers-1")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_1", note.name]
     note.write_text(whole[:20])
-    _forget_broken(kept, "workers-1")
+    _tidy(kept, "workers-1")
     assert not folder.exists()
-    _forget_broken(kept, "workers-1")
+    _tidy(kept, "workers-1")
 
 
 @pytest.mark.slow
