@@ -249,9 +249,9 @@ def _tidy(storage: CheckpointFolder, name: str) -> None:
 
     files, folder = storage.filesystem or pafs.LocalFileSystem(), f"{storage.path}/{name}"
     found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    there = {info.base_name for info in found if info.type == pafs.FileType.Directory}
-    if not there:
+    if not found:
         return
+    there = {info.base_name for info in found if info.type == pafs.FileType.Directory}
     try:
         with files.open_input_stream(f"{folder}/checkpoint_manager_snapshot.json") as stream:
             note = json.loads(stream.read())
