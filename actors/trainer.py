@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -25,6 +25,7 @@ from actors.host import redirect_output, set_num_threads
 from actors.metrics import Tags, show_gpu_memory
 from actors.placement import Placement
 from actors.shards import original_error
+from ka2l.checkpoints import CheckpointFolder, Checkpoints
 from ka2l.errors import KA2LError, ResourcesBusyError, StageFailedError, first_line
 from ka2l.records import TrainingRow
 from ka2l.tuning import TuningConfig
@@ -68,6 +69,7 @@ def run_training(
     chat: bool,
     faults: FaultsConfig = FaultsConfig(),  # noqa: B008 - frozen
     tags: Tags | None = None,
+    checkpoints: CheckpointFolder | None = None,
 ) -> dict[str, Any]:
     """Train an adapter on ``config.workers`` Ray Train workers; blocks until it is written to ``output_dir``.
 
@@ -81,6 +83,8 @@ def run_training(
         chat: as for `tune`.
         faults: when a worker is taken for dead, and how often training is begun again.
         tags: of the worker's metrics.
+        checkpoints: where they are kept, and looked for by a training that begins; None: a training whose worker dies
+            begins from its start.
 
     Returns:
         The metrics of `ka2l.tuning.TuneResult`.
@@ -101,16 +105,17 @@ def run_training(
         "chat": chat,
     }
     workers = Workers("tuning", config.workers, config.cpus_per_worker, config.gpus_per_worker, faults, tags=tags)
-    return run_loop(_compare if compared else _tune, arguments, workers, scratch_dir, log_path, on_progress)
+    loop = _compare if compared else _tune
+    return run_loop(loop, arguments, workers, scratch_dir, log_path, on_progress, checkpoints)
 
 
 def _tune(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     from ka2l.tuning import tune
 
     config = TuningConfig(**arguments.pop("config"))
-    return tune(
-        rows=read_rows(arguments.pop("rows_path"), TrainingRow), config=config, progress=report, **arguments
-    ).metrics
+    rows = read_rows(arguments.pop("rows_path"), TrainingRow)
+    with _checkpoints() as checkpoints:
+        return tune(rows=rows, config=config, progress=report, checkpoints=checkpoints, **arguments).metrics
 
 
 def _compare(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -118,8 +123,23 @@ def _compare(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]
 
     config = TuningConfig(**arguments.pop("config"))
     rows = read_rows(arguments.pop("rows_path"), ComparisonRow)
-    adapter_dir = arguments.pop("previous_adapter")
-    return compare(rows=rows, config=config, adapter_dir=adapter_dir, progress=report, **arguments).metrics
+    arguments["adapter_dir"] = arguments.pop("previous_adapter")
+    with _checkpoints() as checkpoints:
+        return compare(rows=rows, config=config, progress=report, checkpoints=checkpoints, **arguments).metrics
+
+
+@contextlib.contextmanager
+def _checkpoints() -> Iterator[Checkpoints]:
+    """Checkpoints by Ray Train: it copies each to the run's storage, and gives a training that begins the last one."""
+    import ray.train
+
+    def keep(folder: str | None) -> None:  # on every worker: Ray Train waits for all of them
+        made = None if folder is None else ray.train.Checkpoint.from_directory(folder)
+        ray.train.report({}, checkpoint=made)
+
+    found = ray.train.get_checkpoint()
+    with contextlib.nullcontext() if found is None else found.as_directory() as folder:
+        yield Checkpoints(keep, folder)
 
 
 class Workers(NamedTuple):
@@ -149,6 +169,7 @@ def run_loop(
     scratch_dir: str,
     log_path: str | None,
     on_progress: Callable[[dict[str, Any]], None] | None,
+    checkpoints: CheckpointFolder | None = None,
 ) -> dict[str, Any]:
     """Run ``loop`` on Ray Train workers, with progress, logs, and errors as they were raised.
 
@@ -157,6 +178,7 @@ def run_loop(
         scratch_dir: folder for Ray Train's own files and the progress file; the caller removes it.
         log_path: file that takes the workers' stdout and stderr; default: in ``scratch_dir``.
         on_progress: called in a thread of this process with what the loop reports.
+        checkpoints: where the loop's checkpoints are kept, for it to go on from when it is begun again, here or later.
 
     Raises:
         KA2LError: as a worker raised it.
@@ -179,7 +201,8 @@ def run_loop(
     }
     with _Follower(progress_path, on_progress):
         for attempts_left in reversed(range(workers.faults.retries + 1)):
-            trainer = _trainer(loop_config, workers, scratch / f"ray_train-{attempts_left}")
+            storage = checkpoints or CheckpointFolder(str(scratch / f"ray_train-{attempts_left}"))
+            trainer = _trainer(loop_config, workers, storage)
             try:
                 return _fit(trainer, workers, log).return_value
             except WorkerLostError:
@@ -188,16 +211,24 @@ def run_loop(
     raise AssertionError("unreachable")
 
 
-def _trainer(loop_config: dict[str, Any], workers: Workers, storage: Path) -> Any:
+def _trainer(loop_config: dict[str, Any], workers: Workers, storage: CheckpointFolder) -> Any:
     from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
     resources = {"CPU": workers.cpus}
     if workers.gpus > 0:
         resources["GPU"] = workers.gpus
+    # Ray Train's controller takes a checkpoint up when it looks after its workers; until then they wait, and a killed
+    # one's is lost.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(POLL_SECONDS / 2))
+    # Of another number of workers a batch may be made up otherwise, so that is a training of its own.
+    name = f"workers-{workers.num_workers}"
+    _tidy(storage, name)
     run_config: Any = RunConfig(
-        name="train",
-        storage_path=str(storage),
+        name=name,
+        storage_path=storage.path,
+        storage_filesystem=storage.filesystem,
+        checkpoint_config=CheckpointConfig(num_to_keep=1),
         failure_config=FailureConfig(max_failures=0, controller_failure_limit=START_ATTEMPTS - 1),
         logging_config=LoggingConfig(log_level="CRITICAL"),  # every failure reaches the caller as an exception
     )
@@ -209,6 +240,31 @@ def _trainer(loop_config: dict[str, Any], workers: Workers, storage: Path) -> An
         ),
         run_config=run_config,
     )
+
+
+def _tidy(storage: CheckpointFolder, name: str) -> None:
+    """Remove checkpoints that Ray Train had not taken up when it died, and all of them where its note of them was half
+    written or names one that is gone: it would refuse to begin."""
+    from pyarrow import fs as pafs
+
+    files, folder = storage.filesystem or pafs.LocalFileSystem(), f"{storage.path}/{name}"
+    found = files.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    if not found:
+        return
+    there = {info.base_name for info in found if info.type == pafs.FileType.Directory}
+    try:
+        with files.open_input_stream(f"{folder}/checkpoint_manager_snapshot.json") as stream:
+            note = json.loads(stream.read())
+        noted = {
+            kept["checkpoint_dir_name"] for kept in [note["latest_checkpoint_result"], *note["checkpoint_results"]]
+        }
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        noted = {""}
+    if not noted <= there:
+        files.delete_dir(folder)
+        return
+    for left in there - noted:
+        files.delete_dir(f"{folder}/{left}")
 
 
 class WorkerLostError(StageFailedError):

@@ -29,6 +29,7 @@ from pyarrow import fs as pafs
 from pydantic import BaseModel, ValidationError
 
 from engine.storage import clear_storage_errors, filesystem, persistently, read_bytes, write_bytes, written_whole
+from ka2l.checkpoints import CheckpointFolder
 from ka2l.errors import DamagedShardError, RunDirectoryError, RunInUseError, StaleStageError
 from ka2l.metrics import json_safe
 from ka2l.records import SCHEMA_VERSION
@@ -36,6 +37,7 @@ from ka2l.records import SCHEMA_VERSION
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 ATTEMPTS = "attempts"
+CHECKPOINTS = "checkpoints"
 _STATS_KEY = b"ka2l_stats"
 _PIECE_BYTES = 8 * 2**20
 _FAILURES_KEY = b"ka2l_failures"
@@ -323,6 +325,24 @@ class Stage:
         """Write one more file that the next commit will list."""
         write_bytes(self.run.fs, f"{self.path}/{name}", content)
 
+    def checkpoints(self) -> CheckpointFolder:
+        """Where work in progress is kept while the stage is unfinished; gone when it is committed."""
+        return CheckpointFolder(f"{self.path}/{CHECKPOINTS}", None if self.run.is_local else self.run.fs)
+
+    def add_file(self, name: str, source: Path) -> None:
+        """Copy one more file, of any size, that the next commit will list."""
+        path = f"{self.path}/{name}"
+
+        def copy() -> None:
+            with (
+                written_whole(self.run.fs, path) as temporary,
+                source.open("rb") as reader,
+                self.run.fs.open_output_stream(temporary) as writer,
+            ):
+                shutil.copyfileobj(reader, writer, _PIECE_BYTES)
+
+        persistently(copy, path)
+
     def commit(
         self,
         *,
@@ -336,8 +356,9 @@ class Stage:
     ) -> Manifest:
         """List every file of the folder in the manifest and write it last. Only the driver calls this."""
         files = []
-        with contextlib.suppress(OSError):
-            self.run.fs.delete_dir(f"{self.path}/{ATTEMPTS}")
+        for name in (ATTEMPTS, CHECKPOINTS):
+            with contextlib.suppress(OSError):
+                self.run.fs.delete_dir(f"{self.path}/{name}")
         for info in sorted(self.run.list_files(self.path), key=lambda info: info.path):
             if info.base_name in (MANIFEST, PLAN):
                 continue
@@ -416,6 +437,17 @@ class RunDirectory:
     def read_bytes(self, path: str) -> bytes | None:
         """Content of a file, or None where there is none."""
         return read_bytes(self.fs, path)
+
+    def copy_out(self, path: str, target: Path) -> None:
+        """Copy a file, of any size, to the local disk; one of the right size that is there already is kept."""
+
+        def copy() -> None:
+            if target.is_file() and target.stat().st_size == self.fs.get_file_info(path).size:
+                return
+            with self.fs.open_input_stream(path) as reader, target.open("wb") as writer:
+                shutil.copyfileobj(reader, writer, _PIECE_BYTES)
+
+        persistently(copy, path)
 
     def checksum(self, path: str) -> tuple[int, str] | None:
         """Size in bytes and SHA-256 of a file, read piece by piece; None where there is none."""

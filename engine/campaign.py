@@ -23,7 +23,7 @@ from engine.shard_run import ShardRun
 from engine.trackers import Trackers
 from engine.work import RunSize, work_left
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
-from ka2l.models import ModelConfig, model_identity
+from ka2l.models import ModelConfig, ModelState, model_identity
 from ka2l.records import SCHEMA_VERSION
 from ka2l.sizing import model_needs
 
@@ -127,19 +127,23 @@ class Campaign:
         """Where the chatter of a stage's workers goes."""
         return f"{self.run.logs()}/{stage.label.replace('/', '-')}.log"
 
-    def adapter_dir(self, round_index: int) -> str | None:
-        """Local folder of the adapter that round ``round_index`` asks; None in round 0, which asks the base model."""
+    def state(self, round_index: int) -> ModelState:
+        """What round ``round_index`` asks; round 0 the base model."""
         if round_index == 0:
-            return None
-        return self._local_folder(self.adapter_stage(round_index - 1), "adapter")
+            return ModelState(self.model)
+        stage = self.adapter_stage(round_index - 1)
+        if not _holds(stage, "model"):
+            return ModelState(self.model, self._local_folder(stage, "adapter"))
+        return ModelState(self.model.model_copy(update={"path": self._local_folder(stage, "model"), "revision": None}))
 
     def adapter_stage(self, round_index: int) -> Stage:
-        """The stage that trains a round's adapter to its end."""
+        """The stage that trains a round's model state to its end."""
         return self.stage("compare" if self.config.tuning.compares else "tune", round_index)
 
-    def tuned_dir(self, round_index: int) -> str:
-        """Local folder of the adapter that a round has tuned, before any comparison."""
-        return self._local_folder(self.stage("tune", round_index), "adapter")
+    def trained_dir(self, stage: Stage) -> str:
+        """Local folder of what a stage has trained, for training to go on from: the adapter, or the whole model where
+        there is none."""
+        return self._local_folder(stage, "adapter" if _holds(stage, "adapter") else "model")
 
     def decoder_dir(self, round_index: int | None) -> str:
         """Local folder of the decoder that was fitted in a round."""
@@ -154,9 +158,7 @@ class Campaign:
         folder.mkdir(exist_ok=True)
         for entry in manifest.files:
             if entry.path.startswith(f"{name}/"):
-                content = self.run.read_bytes(f"{stage.path}/{entry.path}")
-                assert content is not None
-                (folder / Path(entry.path).name).write_bytes(content)
+                self.run.copy_out(f"{stage.path}/{entry.path}", folder / Path(entry.path).name)
         return str(folder)
 
     def corpus_path(self) -> str | None:
@@ -208,6 +210,10 @@ class Campaign:
         """Questions this round may select."""
         left = self.budget_cap() - self.num_annotated(round_index)
         return max(0, min(self.config.selection.budget, left))
+
+
+def _holds(stage: Stage, folder: str) -> bool:
+    return any(entry.path.startswith(f"{folder}/") for entry in stage.require().files)
 
 
 def commit_stage(

@@ -585,6 +585,8 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     trackers = open_trackers(config, target, events)
     events.emit("run_started", pid=os.getpid())
     campaign = Campaign(config, target, events, model, pool_path, trackers=trackers)
+    if config.rounds and not only_probe:
+        events.say(config.tuning.adapter.served(config.sampler.kind))
     try:
         with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
             campaign.leases, campaign.slice_s = leases_from(os.environ.get(LEASES_VARIABLE))
@@ -636,7 +638,9 @@ def _check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
         check_model_directory(config.annotator.teacher.model)
     if is_directory(model.path):
         from ka2l.adapter import check_adapter
+        from ka2l.training import check_tuning
 
+        check_tuning(config.tuning)
         try:
             check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
         except (OSError, ValueError) as error:

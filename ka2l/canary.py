@@ -1,4 +1,4 @@
-"""The canary: proof that an adapter changes the model, and that two engines agree about what it does.
+"""The canary: proof that training changed the model, and that two engines agree about what it is now.
 
 An adapter can silently do nothing: not loaded, loaded under another name, its update zero. The canary answers a few
 fixed prompts greedily with PEFT; the engine that serves the adapter must then answer them with the same tokens.
@@ -6,16 +6,20 @@ fixed prompts greedily with PEFT; the engine that serves the adapter must then a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ka2l.adapter import load_adapter, load_model, load_tokenizer
+from ka2l.adapter import is_adapter, load_tokenizer
 from ka2l.errors import CanaryError
 from ka2l.training import prompt_token_ids
+from ka2l.virtual_tokens import expand_cache, open_state
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    import torch
+    from transformers import DynamicCache
 
 #: Logits of base and adapter nearer than this are the same but for rounding.
 MIN_LOGIT_DIFFERENCE = 1e-6
@@ -34,17 +38,18 @@ def canary(
     *,
     chat: bool,
 ) -> dict[str, Any]:
-    """Answer ``prompts`` greedily with base model and adapter in PEFT.
+    """Answer ``prompts`` greedily with what training wrote, in PEFT or transformers; compare it with the base model.
 
     Args:
+        adapter_dir: an adapter, or a whole model that was trained.
         max_tokens: generated tokens a prompt, fewer where an end token comes first.
         dtype: float32, bfloat16 or float16; the other engine's.
         chat: the prompts were rendered by a chat template.
 
     Returns:
-        JSON-able: ``max_logit_difference`` (largest absolute difference between the logits of base and adapter over
-        the prompts and answers), ``num_changed_tokens`` (positions of the answers at which the base would go on with
-        another token), ``dtype``, ``eos_token_ids``, ``prompts``, and a list a prompt each of ``prompt_token_ids``,
+        JSON-able: ``max_logit_difference`` (largest absolute difference between the logits of base and adapter over the
+        answers), ``num_changed_tokens`` (positions of the answers at which the base would go on with another token),
+        ``dtype``, ``eos_token_ids``, ``prompts``, and a list a prompt each of ``prompt_token_ids``,
         ``peft_tokens`` (the answer, end token included), ``margins`` (logit of the best minus that of the second
         token, a step) and ``runner_up_tokens`` (the second token, a step).
 
@@ -52,11 +57,11 @@ def canary(
         ModelError: model or adapter cannot be loaded.
     """
     import torch
+    from peft import PeftModel
 
     tokenizer = load_tokenizer(model_path, trust_remote_code)
-    base = load_model(model_path, trust_remote_code, dtype)
-    eos_ids = _eos_token_ids(base.generation_config.eos_token_id, tokenizer.eos_token_id)
-    model = load_adapter(base, adapter_dir).to(device).eval()
+    state, virtual = _open(model_path, adapter_dir, dtype, device, trust_remote_code)
+    eos_ids = _eos_token_ids(state.generation_config.eos_token_id, tokenizer.eos_token_id)
     result: dict[str, Any] = {
         "max_logit_difference": 0.0,
         "num_changed_tokens": 0,
@@ -68,22 +73,54 @@ def canary(
         "margins": [],
         "runner_up_tokens": [],
     }
-    differences = []
     with torch.inference_mode():
         for ids in result["prompt_token_ids"]:
-            tokens, margins, runners_up = _greedy(model, ids, max_tokens, eos_ids)
+            tokens, margins, runners_up = _greedy(state, ids, max_tokens, eos_ids, virtual)
             result["peft_tokens"].append(tokens)
             result["margins"].append(margins)
             result["runner_up_tokens"].append(runners_up)
-            sequence = torch.tensor([[*ids, *tokens]], device=device)
-            adapted = model(input_ids=sequence).logits[0].float()
-            with model.disable_adapter():
-                unadapted = model(input_ids=sequence).logits[0].float()
-            differences.append((adapted - unadapted).abs().max().item())
-            base_tokens = unadapted[len(ids) - 1 : -1].argmax(-1).tolist()
-            result["num_changed_tokens"] += sum(a != b for a, b in zip(tokens, base_tokens, strict=True))
+        answers = list(zip(result["prompt_token_ids"], result["peft_tokens"], strict=True))
+        tuned = [_answer_logits(state, *answer, virtual) for answer in answers]
+    if not is_adapter(adapter_dir):
+        del state  # two models need not fit
+        state, _ = open_state(model_path, None, dtype, device, trust_remote_code)
+    unadapted: Any = state.disable_adapter() if isinstance(state, PeftModel) else contextlib.nullcontext()
+    with torch.inference_mode(), unadapted:
+        before = [_answer_logits(state, *answer) for answer in answers]
+    differences = [(a - b).abs().max().item() for a, b in zip(tuned, before, strict=True)]
     result["max_logit_difference"] = math.nan if any(map(math.isnan, differences)) else max(differences, default=0.0)
+    result["num_changed_tokens"] = sum(
+        a != b
+        for (_, tokens), logits in zip(answers, before, strict=True)
+        for a, b in zip(tokens, logits.argmax(-1).tolist(), strict=True)
+    )
     return result
+
+
+def _open(
+    model_path: str, trained: str, dtype: str, device: str, trust_remote_code: bool
+) -> tuple[Any, DynamicCache | None]:
+    """What training wrote, as PEFT or transformers reads it: an adapter, merged or not, or a whole model."""
+    if not is_adapter(trained) and (Path(trained) / "config.json").is_file():
+        return open_state(trained, None, dtype, device, trust_remote_code)
+    return open_state(model_path, trained, dtype, device, trust_remote_code)
+
+
+def _answer_logits(
+    model: Any, prompt_ids: list[int], answer_ids: list[int], virtual: DynamicCache | None = None
+) -> torch.Tensor:
+    """Logits that predict each token of the answer, shape (num_answer_tokens, vocabulary), float32, on the CPU."""
+    import torch
+
+    sequence = torch.tensor([[*prompt_ids, *answer_ids]], device=model.device)
+    cache = None if virtual is None else expand_cache(virtual, 1)
+    logits = model(
+        input_ids=sequence,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=len(answer_ids) + 1,
+    ).logits
+    return logits[0, :-1].float().cpu()
 
 
 def check_canary(
@@ -166,7 +203,7 @@ def _first_difference(ours: list[int], theirs: list[int], eos: set[int]) -> int 
 
 
 def _greedy(
-    model: PeftModel, prompt_ids: list[int], max_tokens: int, eos_ids: list[int]
+    model: Any, prompt_ids: list[int], max_tokens: int, eos_ids: list[int], virtual: DynamicCache | None = None
 ) -> tuple[list[int], list[float], list[int]]:
     """Greedy tokens, margins and runners-up. Not ``generate``: it applies penalties of the generation config."""
     import torch
@@ -174,7 +211,7 @@ def _greedy(
     tokens: list[int] = []
     margins: list[float] = []
     runners_up: list[int] = []
-    inputs, cache = prompt_ids, None
+    inputs, cache = prompt_ids, None if virtual is None else expand_cache(virtual, 1)
     while len(tokens) < max_tokens and not (tokens and tokens[-1] in eos_ids):
         out = model(input_ids=torch.tensor([inputs], device=model.device), past_key_values=cache, use_cache=True)
         cache = out.past_key_values

@@ -13,11 +13,21 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ka2l.adapter import load_adapter, load_model, load_tokenizer, save_adapter
+from ka2l.adapter import load_tokenizer
+from ka2l.checkpoints import Checkpoints
 from ka2l.errors import AnnotationError, ConfigError
 from ka2l.knowtuning import KnowTuningConfig
 from ka2l.seeds import row_seed
-from ka2l.training import Schedule, loss_watcher, row_token_ids, trainer_arguments, weights_dtype, world_size
+from ka2l.training import (
+    Schedule,
+    loss_watcher,
+    row_token_ids,
+    save_trained,
+    train,
+    trainable_model,
+    trainer_arguments,
+    world_size,
+)
 from ka2l.tuning import TuneResult, TuningConfig, completion
 
 if TYPE_CHECKING:
@@ -68,18 +78,19 @@ def compare(
     adapter_dir: str,
     trust_remote_code: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    checkpoints: Checkpoints | None = None,
     *,
     chat: bool,
 ) -> TuneResult:
-    """Train the adapter in ``adapter_dir`` on ``rows``, once through and in their order.
+    """Train what is in ``adapter_dir`` on ``rows``, once through and in their order.
 
     Works alone or in a ``torch.distributed`` process group, as `ka2l.tuning.tune` does.
 
     Args:
         model_path: model directory or hub id.
         config: ``config.knowtuning`` says how stage II trains, the rest is as in stage I.
-        adapter_dir: the stage-I adapter: where training starts, and the reference.
-        progress: as for `ka2l.tuning.tune`.
+        adapter_dir: the stage-I adapter, or the whole model: where training starts, and the reference.
+        progress, checkpoints: as for `ka2l.tuning.tune`.
         chat: the prompts were rendered by a chat template.
 
     Returns:
@@ -98,33 +109,35 @@ def compare(
     started = time.monotonic()
     if not rows:
         raise AnnotationError("There is nothing to compare.", hint="Set tuning.knowtuning.aspects to [].")
+    config = config.model_copy(update={"holdout": 0.0})  # of comparisons nothing is held out
     set_seed(seed)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
     dataset = _tokenized(tokenizer, rows, config, chat)
-    model = load_adapter(load_model(model_path, trust_remote_code, weights_dtype(config)), adapter_dir, trainable=True)
+    model = trainable_model(model_path, config, adapter_dir, trust_remote_code)
     own = config.knowtuning
     schedule = Schedule(len(dataset), min(own.batch_size, len(dataset)), own.micro_batch_size, own.learning_rate)
     args = DPOConfig(
-        **trainer_arguments(config, schedule, output_dir, seed),
+        **trainer_arguments(config, schedule, output_dir, seed, kept=checkpoints is not None),
+        # Where all weights are trained there is no adapter to switch: the reference speaks before training begins.
+        precompute_ref_log_probs=config.adapter.kind == "full" and config.parallel == "ddp",
         beta=own.dpo_beta,
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, own.sft_weight],
     )
-    watcher = loss_watcher(progress)
     trainer = _trainer_class()(
-        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watcher]
+        model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[loss_watcher(progress)]
     )
     trainer.remove_callback(PrinterCallback)
     began = time.monotonic()
-    trainer.train()
+    losses = train(trainer, config, checkpoints)
     training_seconds = time.monotonic() - began
     metrics = {
         "num_rows": len(dataset),
         "num_over_long": len(rows) - len(dataset),
         "num_steps": trainer.state.global_step,
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
-        "first_loss": watcher.losses[0],
-        "last_loss": watcher.losses[-1],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_tokens": sum(
             2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in dataset
@@ -132,9 +145,7 @@ def compare(
         "seconds": time.monotonic() - started,
         "training_seconds": training_seconds,
     }
-    if trainer.is_world_process_zero():
-        save_adapter(model, model_path, output_dir)
-    trainer.accelerator.wait_for_everyone()
+    save_trained(trainer, config, model_path, output_dir, trust_remote_code)
     return TuneResult(output_dir, metrics)
 
 

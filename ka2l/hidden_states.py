@@ -6,14 +6,15 @@ share is computed once, and of each layer's output only the pooled vector is kep
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import field_validator
 
+from ka2l.adapter import is_prompt_adapter, load_adapter
 from ka2l.errors import ConfigError, ModelError
 from ka2l.section import Section
+from ka2l.virtual_tokens import expand_cache, num_virtual_tokens, split_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,11 +131,12 @@ class HiddenStateExtractor:
         self.num_tokens = 0
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if config.device == "auto" else config.device)
-        self.decoder = _load_decoder(model_path, dtype, adapter, trust_remote_code)
+        self.decoder, self._virtual = _load_decoder(model_path, dtype, adapter, trust_remote_code, self.device)
         self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         text_config = self.decoder.config.get_text_config(decoder=True)
         self._width: int = text_config.hidden_size
-        self._max_tokens = min(config.max_prompt_tokens, getattr(text_config, "max_position_embeddings", 1 << 30))
+        longest = getattr(text_config, "max_position_embeddings", 1 << 30) - num_virtual_tokens(self._virtual)
+        self._max_tokens = min(config.max_prompt_tokens, longest)
         self._rope_switch = _rope_switch(text_config)
         self._pooled: dict[int, torch.Tensor] = {}
         self._lengths = torch.zeros(0, dtype=torch.long)
@@ -244,7 +246,8 @@ class HiddenStateExtractor:
         # Chance gives a call's questions a few more tokens in common; those do not make a new prefix.
         if known and common[:num_known] == known.token_ids and len(common) - num_known < MIN_SHARED_PREFIX:
             return known
-        cache = DynamicCache(config=self.decoder.config)
+        virtual = self._virtual_cache(1)
+        cache = DynamicCache(config=self.decoder.config) if virtual is None else virtual
         # Only attention caches, sliding or not, can be handed to several rows; recurrent states take the plain way.
         shareable = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
         if len(common) < MIN_SHARED_PREFIX or len(rows) < 2 or not shareable:
@@ -260,16 +263,20 @@ class HiddenStateExtractor:
 
         with torch.inference_mode():
             if prefix is None:
-                pooled = self._run(rows, None)
+                pooled = self._run(rows, self._virtual_cache(len(rows)))
             else:
                 start = len(prefix.token_ids)
-                pooled = self._run([row[start:] for row in rows], _expand(prefix.cache, len(rows)))
+                pooled = self._run([row[start:] for row in rows], expand_cache(prefix.cache, len(rows)))
             if self.config.position != "last_token":
                 sums = pooled[:, :, -self._width :]  # a view: what is done to it is done to ``pooled``
                 if prefix is not None:
                     sums += prefix.sums[:, -self._width :]
                 sums /= torch.tensor([len(row) for row in rows], device=self.device)[:, None, None]
             return pooled.cpu().numpy()
+
+    def _virtual_cache(self, num_rows: int) -> DynamicCache | None:
+        """Virtual tokens in front of so many rows; None where the adapter has none."""
+        return None if self._virtual is None else expand_cache(self._virtual, num_rows)
 
     def _run(self, rows: list[list[int]], cache: DynamicCache | None) -> torch.Tensor:
         """One forward pass over ``rows``, which follow what ``cache`` holds. Shape (num_rows, num_layers, width).
@@ -329,19 +336,6 @@ def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
     return first[:length]
 
 
-def _expand(cache: DynamicCache, num_rows: int) -> DynamicCache:
-    """A cache of one row as one of ``num_rows`` rows; its keys and values are views until the first update."""
-    from transformers.cache_utils import DynamicLayer
-
-    expanded = copy.deepcopy(cache)
-    for layer in expanded.layers:
-        # Layers above the deepest wanted one were cut off and hold nothing.
-        if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
-            layer.keys = layer.keys.expand(num_rows, -1, -1, -1)
-            layer.values = layer.values.expand(num_rows, -1, -1, -1)
-    return expanded
-
-
 def _resolve_layers(layers: Literal["all"] | list[int], depth: int) -> list[int]:
     if layers == "all":
         return list(range(depth + 1))
@@ -376,29 +370,27 @@ def _find_blocks(decoder: nn.Module, num_hidden_layers: int) -> tuple[nn.Module,
     )
 
 
-def _load_decoder(model_path: str, dtype: str, adapter: str | None, trust_remote_code: bool) -> Any:
-    """The model without its language-model head, with the adapter's layers in place."""
+def _load_decoder(
+    model_path: str, dtype: str, adapter: str | None, trust_remote_code: bool, device: torch.device
+) -> tuple[Any, DynamicCache | None]:
+    """The model without its language-model head, with the adapter's layers in place or its virtual tokens beside it."""
     from ka2l.models import load_causal_lm
 
     model = load_causal_lm(model_path, dtype, trust_remote_code)
-    if adapter is not None:
-        _add_adapter(model, adapter)
-    return model.base_model
+    if adapter is None:
+        return model.base_model, None
+    if is_prompt_adapter(adapter):  # read before the layers above the deepest wanted one are cut off
+        base, virtual = split_state(load_adapter(model, adapter).to(device).eval())
+        return base.base_model, virtual
+    _add_adapter(model, adapter)
+    return model.base_model, None
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> None:
     """Put the LoRA layers of ``adapter`` into ``model``; raises ModelError unless every one of them finds its place."""
     from peft.utils import load_peft_weights
 
-    from ka2l.adapter import load_adapter
-
     adapted = load_adapter(model, adapter)
-    config = adapted.peft_config["default"]
-    if config.is_prompt_learning:
-        raise ModelError(
-            f"adapter {adapter} is of type {config.peft_type}, which adds tokens instead of changing weights",
-            hint="Use a LoRA adapter.",
-        )
     # PEFT only warns about weights that find no module, and modules that find no weights.
     saved = {name for name in load_peft_weights(adapter, device="cpu") if ".lora_A." in name}
     placed = {name.replace(".default", "") for name, _ in adapted.named_parameters() if ".lora_A." in name}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ka2l.adapter import load_adapter, load_model
+from ka2l.adapter import load_adapter, load_model, save_model
 from ka2l.canary import TIE_MARGINS, check_canary, greedy_answers
 from ka2l.errors import CanaryError, ModelError, first_line
 
@@ -21,7 +21,6 @@ def merge_adapter(model_path: str, adapter_dir: str, output_dir: str, trust_remo
         ModelError: model or adapter cannot be loaded, or the adapter is not one that can be merged.
     """
     from peft.tuners.tuners_utils import BaseTuner
-    from transformers import AutoTokenizer
 
     base = load_model(model_path, trust_remote_code, "auto")
     dtype = base.dtype
@@ -34,8 +33,7 @@ def merge_adapter(model_path: str, adapter_dir: str, output_dir: str, trust_remo
         )
     try:
         merged: Any = model.merge_and_unload(safe_merge=True).to(dtype)
-        merged.save_pretrained(output_dir)
-        AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).save_pretrained(output_dir)
+        save_model(merged, model_path, output_dir, trust_remote_code)
     except ValueError as error:  # weights that are not numbers, a generation config that contradicts itself
         raise ModelError(f"the adapter cannot be merged into {model_path}: {first_line(error)}") from error
     return str(dtype).removeprefix("torch.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ka2l.errors import ModelError
 from ka2l.section import Section
@@ -30,6 +30,19 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model."""
 
     LOGISTICS: ClassVar[frozenset[str]] = frozenset({"path"})
+
+
+class ModelState(NamedTuple):
+    """What a round asks: the base model, with an adapter from the second round on, or a model that training wrote."""
+
+    model: ModelConfig
+    adapter: str | None = None
+    """Local folder of the adapter on ``model``; None where the model stands for itself."""
+
+    def canary(self) -> dict[str, Any] | None:
+        """What the canary found when the state was trained; None for the base model."""
+        file = Path(self.adapter or self.model.path) / "canary.json"
+        return json.loads(file.read_text()) if file.is_file() else None
 
 
 def is_directory(path: str) -> bool:
@@ -101,8 +114,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model with its LM head. Raises ModelError where config or weights are missing or unreadable."""
+def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """The model with its LM head; ``options`` as of ``from_pretrained``. Raises ModelError where config or weights are
+    missing or unreadable."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,6 +131,7 @@ def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = Fal
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             attn_implementation="eager" if capped else None,
+            **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

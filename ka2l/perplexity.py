@@ -7,11 +7,11 @@ prompt before a short fact costs no vocabulary-sized matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ka2l.adapter import load_adapter, load_model
 from ka2l.hidden_states import MAX_BATCH_TOKENS
 from ka2l.training import row_token_ids
+from ka2l.virtual_tokens import expand_cache, open_state
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,12 +47,12 @@ def fact_tokens(
 
 
 class PerplexityScorer:
-    """A causal language model, with or without a LoRA adapter, that scores texts.
+    """A causal language model, with or without an adapter, that scores texts.
 
     Args:
         model_path: a model directory or hub id.
         dtype: ``auto`` | ``float32`` | ``bfloat16`` | ``float16``.
-        adapter: a LoRA adapter directory; not merged.
+        adapter: an adapter directory; not merged.
         batch_size: texts in one forward pass, at most.
         device: ``auto`` is a GPU where there is one, else the CPU.
 
@@ -71,11 +71,9 @@ class PerplexityScorer:
     ) -> None:
         import torch
 
-        base = load_model(model_path, trust_remote_code, dtype)
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if device == "auto" else device)
-        model: Any = base if adapter is None else load_adapter(base, adapter)
-        self.model = model.to(self.device).eval()
+        self.model, self._virtual = open_state(model_path, adapter, dtype, self.device, trust_remote_code)
         self.batch_size = batch_size
         self.num_tokens = 0
         """Tokens read so far."""
@@ -118,8 +116,12 @@ class PerplexityScorer:
         # Only positions that predict a scored token go through the output layer; padding is on the right, unseen.
         first = int(min(text.start for text in texts)) or 1
         with torch.inference_mode():
+            cache = None if self._virtual is None else expand_cache(self._virtual, len(texts))
             logits = self.model(
-                input_ids=ids.to(self.device), logits_to_keep=length - (first - 1), use_cache=False
+                input_ids=ids.to(self.device),
+                logits_to_keep=length - (first - 1),
+                past_key_values=cache,
+                use_cache=cache is not None,
             ).logits
         kept = logits[:, :-1][wanted[:, first - 1 :].to(self.device)]
         losses = cross_entropy(kept.float(), targets, reduction="none").cpu().numpy().astype(np.float64)

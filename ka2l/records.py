@@ -243,11 +243,15 @@ def stored_states(table: pa.Table, num_layers: int = 1) -> np.ndarray:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
 
 
+HELD_OUT = "held_out"
+"""Source of a row that is only measured on."""
+
+
 class TrainingRow(NamedTuple):
     """One row to tune on: loss falls on ``completion`` only."""
 
     prompt: str
     completion: str
     source: str
-    """``annotation``, ``fine_grained`` or ``rehearsal``."""
+    """``annotation``, ``fine_grained``, ``rehearsal`` or ``held_out``."""
     question_id: str

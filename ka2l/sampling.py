@@ -116,21 +116,19 @@ class TransformersSampler:
     ) -> None:
         import torch
 
-        from ka2l.adapter import load_adapter
-        from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer, max_model_len
+        from ka2l.models import ModelConfig, load_tokenizer, max_model_len
+        from ka2l.virtual_tokens import num_virtual_tokens, open_state
 
         self.config = config
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        model: Any = load_causal_lm(model_path, dtype, trust_remote_code)
-        if adapter is not None:
-            model = load_adapter(model, adapter)
-        self.model = model.to(self.device).eval()
+        self.model, self._virtual = open_state(model_path, adapter, dtype, self.device, trust_remote_code)
+        self.num_virtual = num_virtual_tokens(self._virtual)
         self.tokenizer = load_tokenizer(ModelConfig(path=model_path, trust_remote_code=trust_remote_code))
         eos = self.model.generation_config.eos_token_id
         # As in vLLM, the tokenizer's end token ends an answer even where the generation config names others.
         self.eos = {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id} - {None}
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        self.max_len = config.max_model_len or max_model_len(model_path) or limit or 1 << 30
+        self.max_len = (config.max_model_len or max_model_len(model_path) or limit or 1 << 30) - self.num_virtual
 
     def generate(self, requests: Sequence[Request]) -> list[list[Generation]]:
         """``num_samples`` answers a request, in order."""
@@ -153,6 +151,8 @@ class TransformersSampler:
     def _batch(self, requests: Sequence[Request], rows: Sequence[tuple[int, int]]) -> list[Generation]:
         import torch
 
+        from ka2l.virtual_tokens import expand_cache
+
         prompts = [requests[index].prompt_token_ids for index, _ in rows]
         width = max(map(len, prompts))
         ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -165,7 +165,9 @@ class TransformersSampler:
         tokens: list[list[int]] = [[] for _ in rows]
         logprobs = [0.0] * len(rows)
         reasons: list[str | None] = [None] * len(rows)
-        cache, step_ids, positions = None, ids, (mask.cumsum(1) - 1).clamp(min=0)
+        cache = None if self._virtual is None else expand_cache(self._virtual, len(rows))
+        step_ids, positions = ids, (mask.cumsum(1) - 1).clamp(min=0) + self.num_virtual
+        mask = torch.cat([torch.ones((len(rows), self.num_virtual), dtype=mask.dtype), mask], 1)
         with torch.inference_mode():
             for _ in range(self.config.max_tokens):
                 output = self.model(

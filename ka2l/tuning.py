@@ -1,8 +1,9 @@
-"""Rows to adapter: LoRA fine-tuning on annotated answers, rehearsed with the model's own answers to the rest.
+"""Rows to adapter: fine-tuning on annotated answers, rehearsed with the model's own answers to the rest.
 
 Tuning on unknown questions alone makes a model forget what it knew. Rehearsal keeps it: questions that were not
 annotated are trained towards answers the model gave itself, which cost no annotation. See `training_rows` for how the
-two are weighted, and `tune` for the training itself (TRL's ``SFTTrainer`` on PEFT's LoRA, https://arxiv.org/abs/2106.09685).
+two are weighted, and `tune` for the training itself (TRL's ``SFTTrainer``; PEFT's LoRA, https://arxiv.org/abs/2106.09685,
+and others, see `ka2l.adapter`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,26 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ConfigDict, Field
-
-from ka2l.adapter import AdapterConfig, load_adapter, load_model, load_tokenizer, new_adapter, save_adapter
+from ka2l.adapter import load_tokenizer
+from ka2l.checkpoints import Checkpoints, early_stopper
 from ka2l.errors import AnnotationError, ConfigError
-from ka2l.knowtuning import KnowTuningConfig
-from ka2l.records import TrainingRow
-from ka2l.section import Section
+from ka2l.knowtuning import FINE_GRAINED
+from ka2l.records import HELD_OUT, TrainingRow
 from ka2l.seeds import row_seed
-from ka2l.training import Schedule, loss_watcher, row_token_ids, trainer_arguments, weights_dtype, world_size
+from ka2l.training import (
+    Schedule,
+    check_packing,
+    loss_watcher,
+    row_token_ids,
+    save_trained,
+    train,
+    trainable_model,
+    trainer_arguments,
+    world_size,
+)
+from ka2l.tuning_config import TuningConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,92 +43,17 @@ IGNORED = -100
 """Label of a token that carries no loss."""
 
 
-class TuningConfig(Section):
-    """How an adapter is trained each round."""
-
-    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
-
-    KINDS: ClassVar[tuple[str, ...]] = ("sft", "knowtuning")
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset(
-        {"workers", "cpus_per_worker", "gpus_per_worker", "micro_batch_size", "gradient_checkpointing"}
-    )
-
-    kind: str = "sft"
-    """``sft``: supervised fine-tuning, loss on the answer's tokens; ``knowtuning``: the same with the hardest facts of
-    each answer, then a comparison of better and worse answers (`ka2l.knowtuning`), for answers of several facts."""
-    knowtuning: KnowTuningConfig = KnowTuningConfig()
-    """Both stages of ``knowtuning``."""
-    adapter: AdapterConfig = AdapterConfig()
-    """The adapter's shape."""
-    learning_rate: float = Field(2e-4, gt=0.0)
-    """Peak learning rate of AdamW."""
-    num_epochs: float = Field(3.0, gt=0.0)
-    """Passes over the annotated questions, each with its share of rehearsed rows."""
-    max_steps: int | None = Field(None, ge=1)
-    """Optimiser steps; replaces ``num_epochs`` where given."""
-    batch_size: int = Field(64, ge=1)
-    """Rows an optimiser step, over all workers; at most the number of questions."""
-    micro_batch_size: int | None = Field(None, ge=1)
-    """Rows a forward pass on one worker; the rest of the batch is accumulated. Default: the whole batch."""
-    warmup_ratio: float = Field(0.05, ge=0.0, le=1.0)
-    """Share of the steps in which the learning rate rises from zero."""
-    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    weight_decay: float = Field(0.0, ge=0.0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0.0)
-    """Gradients are clipped to this norm."""
-    max_length: int = Field(512, ge=2)
-    """Tokens of a prompt with its answer. Longer rows are left out and counted, never cut."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the products: ``auto`` is bfloat16 on GPUs and CPUs that multiply it themselves, float32 elsewhere."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a quarter slower."""
-    rehearsal: float = Field(1.0, ge=0.0, le=1.0)
-    """Share of the candidates without annotation that are rehearsed with the model's own answers; 0: none."""
-    rehearsal_ratio: float = Field(1.0, gt=0.0)
-    """Rehearsed rows beside each annotated row. Rehearsed questions take turns, so a large pool does not drown the few
-    annotated answers of an early round."""
-    rehearsal_labels: Literal["samples", "greedy"] = "samples"
-    """Own answers to train on: ``samples`` keep the model's uncertainty as it is, ``greedy`` sharpens it."""
-    num_rehearsal_samples: int = Field(10, ge=1)
-    """Own answers sampled for each rehearsed question."""
-    start: Literal["base", "previous"] = Field("base", alias="from")
-    """What training starts from: a new adapter on the base model, or the adapter of the round before."""
-    workers: int = Field(1, ge=1)
-    """Data-parallel workers."""
-    cpus_per_worker: float = Field(1.0, ge=0.0)
-    """CPUs, and so threads, of a worker."""
-    gpus_per_worker: float = Field(0.0, ge=0.0)
-    """GPUs of a worker; 0 trains on the CPU."""
-
-    @property
-    def augments(self) -> bool:
-        """Whether annotated answers are taken apart into pairs to train on."""
-        return self.kind == "knowtuning" and (self.knowtuning.augment or bool(self.knowtuning.aspects))
-
-    @property
-    def compares(self) -> tuple[str, ...]:
-        """The aspects in which answers are compared after tuning; empty where tuning is all."""
-        return self.knowtuning.aspects if self.kind == "knowtuning" else ()
-
-    def result_fields(self) -> dict[str, Any]:
-        """As any section's, less what has no meaning for the kind."""
-        fields = super().result_fields()
-        if self.kind != "knowtuning":
-            del fields["knowtuning"]
-        return fields
-
-
 class TuneResult(NamedTuple):
     """What `tune` hands back."""
 
     adapter_dir: str
-    """Folder of ``adapter_model.safetensors`` and ``adapter_config.json``."""
+    """Folder of ``adapter_model.safetensors`` and ``adapter_config.json``, or of a whole model; a whole model beside an
+    adapter that no engine serves is in its folder ``merged``."""
     metrics: dict[str, Any]
     """num_rows, num_over_long, num_questions, num_steps, batch_size, first_loss, last_loss (nats a token),
     num_trainable_parameters, num_tokens (not padding), seconds, training_seconds (without loading), and ``example``:
-    one row with what is trained on in brackets."""
+    one row with what is trained on in brackets. With ``holdout`` also num_held_out, held_out_loss (the lowest, nats a
+    token) and best_step (where it was)."""
 
 
 def is_rehearsed(question_id: str, config: TuningConfig, seed: int) -> bool:
@@ -131,6 +66,26 @@ def rehearsal_draw(question_id: str, seed: int) -> int:
     return row_seed(seed, 0, "rehearsal", question_id)
 
 
+def is_held_out(question_id: str, config: TuningConfig, seed: int) -> bool:
+    """Whether an annotated question, with all that is made of it, belongs to the share that is not trained on."""
+    return _held_out_draw(question_id, seed) < config.holdout * 2**31
+
+
+def _held_out_draw(question_id: str, seed: int) -> int:
+    return row_seed(seed, 0, "holdout", question_id.removesuffix(f"#{FINE_GRAINED}"))
+
+
+def _held_out(ids: Sequence[str], config: TuningConfig, seed: int) -> set[str]:
+    """Annotated questions that are not trained on: at least one, and not all, where there are two or more."""
+    found = {name for name in ids if is_held_out(name, config, seed)}
+    if not config.holdout or len(ids) < 2:
+        return set()
+    by_draw = sorted(ids, key=lambda name: (_held_out_draw(name, seed), name))
+    lowest, highest = (_held_out_draw(by_draw[place], seed) for place in (0, -1))
+    found = found or {name for name in ids if _held_out_draw(name, seed) == lowest}
+    return found if len(found) < len(ids) else {name for name in ids if _held_out_draw(name, seed) != highest}
+
+
 def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
     """Rows of one pass: annotated questions, and rehearsed ones by ``rehearsal_ratio`` (all, without annotations)."""
     wanted = math.ceil(config.rehearsal_ratio * num_annotated) if num_annotated else num_rehearsed
@@ -138,7 +93,8 @@ def rows_per_pass(config: TuningConfig, num_annotated: int, num_rehearsed: int) 
 
 
 def num_steps(config: TuningConfig, num_annotated: int, num_rehearsed: int) -> int:
-    """Optimiser steps that tuning on so many questions takes."""
+    """Optimiser steps that tuning on so many questions takes, if it is not ended early."""
+    num_annotated -= round(config.holdout * num_annotated)
     rows = rows_per_pass(config, num_annotated, num_rehearsed)
     return config.max_steps or math.ceil(
         config.num_epochs * rows / min(config.batch_size, num_annotated + num_rehearsed)
@@ -162,7 +118,8 @@ def training_rows(
 
     The rows are ``num_epochs`` passes, each in a new order (or as many rows as ``max_steps`` batches hold). A pass
     holds every annotated question once and rehearsed questions by ``config.rehearsal_ratio``; these take turns, and
-    each turn of a question shows the next of its own answers, in an order of its own.
+    each turn of a question shows the next of its own answers, in an order of its own. Behind them stands, with source
+    ``held_out``, a row for each annotated question that is held out.
 
     Args:
         annotations: (question_id, prompt, answer) of the annotated questions.
@@ -196,11 +153,13 @@ def training_rows(
     # Sorted first: the caller's order, which may depend on how work was spread, must not change the result.
     annotated = sorted(name for name, (_, source, _) in questions.items() if source == "annotation")
     rehearsed = sorted(questions.keys() - set(annotated))
+    held_out = sorted(_held_out(annotated, config, seed))
+    annotated = [name for name in annotated if name not in set(held_out)]
     per_pass = rows_per_pass(config, len(annotated), len(rehearsed))
     if config.max_steps is None:
         num_rows = math.ceil(config.num_epochs * per_pass)
     else:
-        num_rows = config.max_steps * min(config.batch_size, len(questions))
+        num_rows = config.max_steps * min(config.batch_size, len(annotated) + len(rehearsed))
     turns = _turns(rehearsed, seed)
     shown: Counter[str] = Counter()
     rows: list[TrainingRow] = []
@@ -212,6 +171,9 @@ def training_rows(
             text = completion(answers[shown[question_id] % len(answers)], chat)
             shown[question_id] += 1
             rows.append(TrainingRow(prompt, text, source, question_id))
+    for question_id in held_out:
+        prompt, _, answers = questions[question_id]
+        rows.append(TrainingRow(prompt, completion(answers[0], chat), HELD_OUT, question_id))
     return rows
 
 
@@ -230,6 +192,7 @@ def tune(
     previous_adapter: str | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    checkpoints: Checkpoints | None = None,
     *,
     chat: bool,
 ) -> TuneResult:
@@ -240,14 +203,15 @@ def tune(
 
     Args:
         model_path: model directory or hub id.
-        previous_adapter: adapter directory to go on from when ``config.start`` is ``previous``.
+        previous_adapter: what an earlier training wrote, to go on from when ``config.start`` is ``previous``.
         progress: called about every tenth step with {step, num_steps, loss (nats a token), learning_rate,
             seconds (since training began)}.
+        checkpoints: who keeps them, and which to go on from; None: trained in one go.
         chat: the prompts were rendered by a chat template, so they hold their special tokens already.
 
     Raises:
         AnnotationError: no rows.
-        ConfigError: every row is longer than ``max_length``.
+        ConfigError: every row is longer than ``max_length``, or something that the adapter needs is not there.
         ModelError: the model or adapter cannot be loaded, or the target modules match nothing.
         EngineError: the loss is not a finite number.
     """
@@ -255,31 +219,41 @@ def tune(
     from trl import SFTConfig, SFTTrainer
 
     started = time.monotonic()
+    held_out = [row for row in rows if row.source == HELD_OUT]
+    rows = [row for row in rows if row.source != HELD_OUT]
     if not rows:
         raise AnnotationError("There are no rows to train on.", hint="Annotate questions or rehearse some.")
+    if not held_out:
+        config = config.model_copy(update={"holdout": 0.0})
     set_seed(seed)
     tokenizer = load_tokenizer(model_path, trust_remote_code)
-    base = load_model(model_path, trust_remote_code, weights_dtype(config))
+    start = previous_adapter if config.start == "previous" else None
+    model = trainable_model(model_path, config, start, trust_remote_code)
+    if config.packing:
+        check_packing(model)
     dataset, example_index = _tokenized(tokenizer, rows, config, chat)
-    if config.start == "previous" and previous_adapter is not None:
-        model = load_adapter(base, previous_adapter, trainable=True)
-    else:
-        model = new_adapter(base, config.adapter)
     num_questions = len({row.question_id for row in rows})
     batch_size = min(config.batch_size, num_questions)
     schedule = Schedule(len(dataset), batch_size, config.micro_batch_size, config.learning_rate, config.max_steps)
     args = SFTConfig(
-        **trainer_arguments(config, schedule, output_dir, seed),
+        **trainer_arguments(config, schedule, output_dir, seed, kept=checkpoints is not None),
         dataset_kwargs={"skip_prepare_dataset": True},
         completion_only_loss=True,
         packing=False,
+        padding_free=config.packing,
     )
-    watcher = loss_watcher(progress)
-    trainer = SFTTrainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[watcher])
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=_tokenized(tokenizer, held_out, config, chat)[0] if held_out else None,
+        processing_class=tokenizer,
+        callbacks=[loss_watcher(progress), *([early_stopper(config.patience)] if held_out else [])],
+    )
     trainer.remove_callback(PrinterCallback)
     example = _marked_example(tokenizer, trainer.data_collator([dataset[example_index]]))
     began = time.monotonic()
-    trainer.train()
+    losses = train(trainer, config, checkpoints)
     training_seconds = time.monotonic() - began
 
     batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size()
@@ -290,17 +264,18 @@ def tune(
         "num_questions": num_questions,
         "num_steps": trainer.state.global_step,
         "batch_size": batch_size,
-        "first_loss": watcher.losses[0],
-        "last_loss": watcher.losses[-1],
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         "num_trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "num_tokens": sum(map(len, dataset[:num_trained]["input_ids"])),
         "seconds": time.monotonic() - started,
         "training_seconds": training_seconds,
         "example": example,
     }
-    if trainer.is_world_process_zero():
-        save_adapter(model, model_path, output_dir)
-    trainer.accelerator.wait_for_everyone()
+    if held_out:
+        best = {"held_out_loss": trainer.state.best_metric, "best_step": trainer.state.best_global_step}
+        metrics |= {"num_held_out": len(held_out)} | best
+    save_trained(trainer, config, model_path, output_dir, trust_remote_code)
     return TuneResult(output_dir, metrics)
 
 
@@ -339,7 +314,8 @@ def _tokenized(
 
 def _marked_example(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
     """A collated row as text, the tokens that carry loss in brackets: ``Answer:⟦ Paris</s>⟧``."""
-    ids, labels, mask = (batch[key][0].tolist() for key in ("input_ids", "labels", "attention_mask"))
+    ids, labels = (batch[key][0].tolist() for key in ("input_ids", "labels"))
+    mask = batch["attention_mask"][0].tolist() if "attention_mask" in batch else [1] * len(ids)  # or not padded
     parts: list[str] = []
     start = 0
     for end in range(1, len(ids) + 1):

@@ -55,11 +55,11 @@ def difficulty(campaign: Campaign, round_index: int) -> None:
     config = campaign.config
     extracted = campaign.stage("facts", round_index)
     given_question = config.tuning.knowtuning.perplexity_given == "question"
-    adapter = campaign.adapter_dir(round_index)
+    state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:
         make_host = partial(
-            build.perplexity_host, campaign.model, config.prompt, config.extraction, adapter, given_question
+            build.perplexity_host, state.model, config.prompt, config.extraction, state.adapter, given_question
         )
         run_host(
             campaign,

@@ -200,7 +200,8 @@ def _states(
     config = campaign.config
     extraction = one_layer(config.extraction, layer)
     cpus, gpus = extraction.cpus_per_replica, extraction.gpus_per_replica
-    make = partial(build.extractor_host, campaign.model, config.prompt, extraction, campaign.adapter_dir(round_index))
+    state = campaign.state(round_index)
+    make = partial(build.extractor_host, state.model, config.prompt, extraction, state.adapter)
     with campaign.hold(1, cpus, gpus) as placement:
         return extract_states(
             make,

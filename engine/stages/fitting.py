@@ -213,13 +213,13 @@ def corpus_states(campaign: Campaign, round_index: int, layer: int) -> None:
     config = campaign.config
     corpus_ = campaign.stage("corpus")
     extraction = one_layer(config.extraction, layer)
-    adapter = campaign.adapter_dir(round_index)
+    state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:
         run_host(
             campaign,
             stage,
-            partial(build.extractor_host, campaign.model, config.prompt, extraction, adapter),
+            partial(build.extractor_host, state.model, config.prompt, extraction, state.adapter),
             {"questions": ShardInput(corpus_.url)},
             replicas=extraction.replicas,
             cpus=extraction.cpus_per_replica,

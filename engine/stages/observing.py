@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,15 +34,15 @@ def observe(campaign: Campaign, round_index: int) -> None:
         probe_candidates=config.selection.kind == "semantic_entropy" and round_index < config.rounds,
         num_agreement=config.evaluation.num_samples,
     )
-    adapter = campaign.adapter_dir(round_index)
-    canary = None if adapter is None else json.loads((Path(adapter) / "canary.json").read_text())
+    state = campaign.state(round_index)
+    canary = state.canary() if round_index else None
     questions = campaign.stage("questions")
 
     def work(stage: Stage) -> Outcome:
         run_host(
             campaign,
             stage,
-            partial(build.sampler_host, campaign.model, config.prompt, config.sampler, plan, adapter, canary),
+            partial(build.sampler_host, state.model, config.prompt, config.sampler, plan, state.adapter, canary),
             {"questions": ShardInput(questions.url)},
             replicas=config.sampler.replicas,
             cpus=config.sampler.cpus_per_replica,
@@ -135,13 +133,13 @@ def extract(campaign: Campaign, round_index: int) -> None:
     """Hidden states of every question under this round's model state: prefill only."""
     config = campaign.config
     questions = campaign.stage("questions")
-    adapter = campaign.adapter_dir(round_index)
+    state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:
         run_host(
             campaign,
             stage,
-            partial(build.extractor_host, campaign.model, config.prompt, config.extraction, adapter),
+            partial(build.extractor_host, state.model, config.prompt, config.extraction, state.adapter),
             {"questions": ShardInput(questions.url, ["question_id", "question", "split"])},
             replicas=config.extraction.replicas,
             cpus=config.extraction.cpus_per_replica,

@@ -16,12 +16,13 @@ from actors.trainer import Workers, run_canary, run_training, write_rows
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.tables import adapter_input, among, by_id, first_questions
+from ka2l.adapter import MERGED, is_adapter
 from ka2l.canary import check_canary
 from ka2l.comparison import comparison_rows
 from ka2l.knowtuning import FINE_GRAINED
 from ka2l.models import load_tokenizer
 from ka2l.prompts import Prompter
-from ka2l.records import TrainingRow
+from ka2l.records import HELD_OUT, TrainingRow
 from ka2l.seeds import row_seed
 from ka2l.tuning import rehearsal_draw, rows_per_pass, training_rows
 
@@ -48,10 +49,10 @@ def tune(campaign: Campaign, round_index: int) -> None:
             prompter = Prompter(load_tokenizer(campaign.model), config.prompt)
             rows = _training_rows(campaign, answers, finer, own, prompter)
             write_rows(rows, str(scratch / "rows.jsonl"))
-            start = campaign.adapter_dir(round_index) if config.tuning.start == "previous" else None
+            start = campaign.trained_dir(previous[0]) if previous else None
             metrics = _train(campaign, stage, prompter, scratch, start)
         sources = {row.question_id: row.source for row in rows}
-        kinds = ("annotation", FINE_GRAINED, "rehearsal") if finer else ("annotation", "rehearsal")
+        kinds = ("annotation", *([FINE_GRAINED] if finer else []), "rehearsal")
         counts = {f"num_{kind}": list(sources.values()).count(kind) for kind in kinds}
         return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
 
@@ -78,7 +79,7 @@ def compare(campaign: Campaign, round_index: int) -> None:
             ]
             rows = comparison_rows(pairs, config.tuning.knowtuning, config.seed, chat=prompter.is_chat)
             write_rows(rows, str(scratch / "rows.jsonl"))
-            metrics = _train(campaign, stage, prompter, scratch, campaign.tuned_dir(round_index), compared=True)
+            metrics = _train(campaign, stage, prompter, scratch, campaign.trained_dir(stage_one), compared=True)
         counts = {f"num_{aspect}": len([1 for pair in pairs if pair[1] == aspect]) for aspect in config.tuning.compares}
         return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
 
@@ -117,7 +118,10 @@ def _training_rows(
         annotated + hardest, rehearsal, campaign.config.tuning, campaign.config.seed, chat=prompter.is_chat
     )
     finer_ids = {question_id for question_id, _, _ in hardest}
-    return [row._replace(source=FINE_GRAINED) if row.question_id in finer_ids else row for row in rows]
+    return [
+        row._replace(source=FINE_GRAINED) if row.question_id in finer_ids and row.source != HELD_OUT else row
+        for row in rows
+    ]
 
 
 def _drawn_to_rehearse(campaign: Campaign, own: Stage, num_annotated: int) -> pa.Array | None:
@@ -151,7 +155,8 @@ def _train(
     *,
     compared: bool = False,
 ) -> dict[str, Any]:
-    """Train on ``rows.jsonl`` in ``scratch``, from the adapter ``start`` on, and keep the adapter if it does anything.
+    """Train on ``rows.jsonl`` in ``scratch``, from what ``start`` holds on, and keep what came of it if it does
+    anything: ``adapter``, and ``model`` where a whole one is what samplers load.
 
     Returns:
         The training's metrics and what its canary found.
@@ -186,14 +191,23 @@ def _train(
             chat=prompter.is_chat,
             faults=config.faults,
             tags=campaign.tags(stage),
+            checkpoints=stage.checkpoints(),
         )
         progress.advance(metrics["num_steps"] - progress.done, f"loss {metrics['last_loss']:.3f}")
     canary = _canary(campaign, output, prompter, campaign.log_path(stage))
-    for file in sorted(output.iterdir()):
-        if file.is_file():
-            stage.write_file(f"adapter/{file.name}", file.read_bytes())
-    stage.write_file("adapter/canary.json", json.dumps(canary).encode())
+    served = "adapter" if is_adapter(str(output)) else "model"
+    _keep(stage, output, served)
+    if (output / MERGED).is_dir():
+        served = "model"
+        _keep(stage, output / MERGED, served)
+    stage.write_file(f"{served}/canary.json", json.dumps(canary).encode())
     return metrics | {"canary": {key: canary[key] for key in ("max_logit_difference", "num_changed_tokens")}}
+
+
+def _keep(stage: Stage, folder: Path, name: str) -> None:
+    for file in sorted(folder.iterdir()):
+        if file.is_file():
+            stage.add_file(f"{name}/{file.name}", file)
 
 
 def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> dict[str, Any]:

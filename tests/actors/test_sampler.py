@@ -48,14 +48,15 @@ every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 @pytest.fixture(scope="module")
 def adapters(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Architecture -> folder of a LoRA adapter with random weights."""
+    """Architecture -> folder of a LoRA adapter with random weights; one of them is rank-stabilised."""
     folder = tmp_path_factory.mktemp("adapters")
 
     def build(name: str) -> Path:
         if not (folder / name).exists():
             generator = torch.Generator().manual_seed(1)
             base = load_causal_lm(str(tiny_models(name)), "float32")
-            model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+            config = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear", use_rslora=name == "llama-3.1")
+            model = get_peft_model(base, config)
             for parameter_name, parameter in model.named_parameters():
                 if "lora_" in parameter_name:
                     parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,11 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
-from actors.trainer import Workers, _Follower, read_rows, run_canary, run_training, write_rows
+from actors.trainer import Workers, _Follower, _tidy, read_rows, run_canary, run_training, write_rows
 from ka2l.adapter import AdapterConfig
+from ka2l.checkpoints import CheckpointFolder
 from ka2l.errors import ModelError, ResourcesBusyError, StageFailedError
 from ka2l.records import TrainingRow
-from ka2l.tuning import TuningConfig, training_rows
+from ka2l.tuning import TuningConfig, training_rows, tune
 
 NAMES = ["Lima", "Oslo", "Rome", "Cairo", "Quito", "Seoul", "Bern", "Minsk", "Accra", "Dhaka"]
 FACTS = [(f"q{i:02d}", f"Question: Where does person {i} live?\nAnswer:", NAMES[i]) for i in range(10)]
@@ -68,9 +70,15 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
     handler = signal.getsignal(signal.SIGINT)
     results = {}
     for workers in (1, 2):
-        config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32")
+        config = TuningConfig(
+            max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32", checkpoint_steps=5
+        )
         reports: list[dict[str, Any]] = []
-        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append)
+        kept = CheckpointFolder(str(tmp_path / f"kept-{workers}"))
+        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append, checkpoints=kept)
+        (last,) = (tmp_path / f"kept-{workers}" / f"workers-{workers}").glob("checkpoint_*/")
+        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 10
+        assert len(list(last.glob("rng_state*"))) == workers
         assert [report["step"] for report in reports] == list(range(1, 13))
         assert reports[-1]["loss"] == results[workers]["last_loss"]
     one, two = results[1], results[2]
@@ -85,23 +93,58 @@ def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_pa
 
 
 @pytest.mark.slow
-def test_training_whose_worker_is_killed_is_begun_again(llama: str, tmp_path: Path) -> None:
-    config = TuningConfig(max_steps=12, batch_size=10, learning_rate=2e-3, dtype="float32")
+def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint(llama: str, tmp_path: Path) -> None:
+    import fsspec
+    import torch
+    from pyarrow import fs as pafs
+
+    config = TuningConfig(max_steps=60, batch_size=10, learning_rate=2e-3, dtype="float32", checkpoint_steps=6)
     steps: list[int] = []
 
-    def kill_at_the_first(report: dict[str, Any]) -> None:
+    def kill_once_there_is_one(report: dict[str, Any]) -> None:
         steps.append(report["step"])
-        if len(steps) == 1:
+        if len(steps) == 5:  # steps 1, 6, 12, 18 and 24
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):  # children come and go
                     if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
                         process.kill()
 
-    result = train(llama, tmp_path, config, on_progress=kill_at_the_first)
-    assert result["num_steps"] == 12
-    assert steps[-12:] == list(range(1, 13))
-    assert len(steps) > 12
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    # As behind a URL: a file system of fsspec, handed to the workers.
+    remote = pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem("file")))
+    kept = CheckpointFolder(str(tmp_path / "kept"), remote)
+    result = train(llama, tmp_path, config, on_progress=kill_once_there_is_one, checkpoints=kept)
+    assert result["num_steps"] == 60
+    assert (tmp_path / "tune.log").read_text().count("Loading weights") >= 2
+    assert steps.count(1) == 1
+    folders = [path.name for path in (tmp_path / "kept" / "workers-1").iterdir() if path.is_dir()]
+    assert len(folders) == 1  # the last one
+
+    rows = training_rows(FACTS, [], config, 0, chat=False)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        tune(llama, rows, config, str(tmp_path / "undisturbed"), 0, chat=False)
+    finally:
+        torch.set_num_threads(num_threads)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_checkpoints_that_were_not_taken_up_are_removed_and_all_where_the_note_is_broken(tmp_path: Path) -> None:
+    kept = CheckpointFolder(str(tmp_path))
+    folder = tmp_path / "workers-1"
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (folder / name).mkdir(parents=True)
+    note = folder / "checkpoint_manager_snapshot.json"
+    one = {"checkpoint_dir_name": "checkpoint_1", "metrics": {}}
+    whole = json.dumps({"latest_checkpoint_result": one, "checkpoint_results": [one]})
+    note.write_text(whole)
+    _tidy(kept, "workers-1")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_1", note.name]
+    note.write_text(whole[:20])
+    _tidy(kept, "workers-1")
+    assert not folder.exists()
+    _tidy(kept, "workers-1")
 
 
 @pytest.mark.slow

@@ -78,7 +78,13 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
         "extraction": {"batch_size": 32},
         "probe": {"kind": "linear", "num_epochs": 10, "num_bootstrap": 50},
         "selection": {"kind": "two_axis", "budget": 12, "explore": 0.25},
-        "tuning": {"max_steps": 4, "batch_size": 16, "learning_rate": 0.01, "num_rehearsal_samples": 2},
+        "tuning": {
+            "max_steps": 4,
+            "batch_size": 16,
+            "learning_rate": 0.01,
+            "num_rehearsal_samples": 2,
+            "checkpoint_steps": 1,
+        },
         "evaluation": {"num_samples": 3},
         "ray": {"address": "local", "num_cpus": 2},
     }

@@ -33,20 +33,25 @@ KILLS: list[dict[str, Any]] = [
 ]
 
 
+def number(question: str) -> int:
+    """Of the thing that is asked about."""
+    return int(question.rpartition(" ")[2].rstrip("?"))
+
+
 def writes(question: str, body: Any) -> str:
-    """Three facts of every answer; one question's answer is never taken apart, and another's never rewritten."""
+    """Three facts of every answer; some answers are never taken apart, and some questions never rewritten."""
     text = body["messages"][-1]["content"]
     kind = body["response_format"]["json_schema"]["name"]
-    thing = question.split("thing ")[-1]
+    thing = number(question)
     if kind == "AtomicFacts":
-        if text.startswith("Break") and "size" in question:
+        if text.startswith("Break") and thing % 3 == 0:
             return '{"facts": '
         wrong = "not " if text.startswith("Revise") else ""
         return json.dumps({"facts": [f"{word} is {wrong}{thing}" for word in ("One", "Two", "Three")]})
     listed = [line.partition(". ")[2] for line in text.splitlines() if line[:1].isdigit()]
     if kind == "LongAnswer":
         return json.dumps({"answer": ", ".join(listed)})
-    if "taste" in question:
+    if thing % 3 == 1:
         return json.dumps({"question": " ", "answer": ""})
     return json.dumps({"question": f"What else of thing {thing}", "answer": ", ".join(listed)})
 
@@ -98,7 +103,7 @@ def test_every_annotated_answer_is_taken_apart_or_quarantined_with_its_reason(tu
     metrics = tuned.run.stage("facts", 0).require().metrics
     assert all(len(row["facts"]) == 3 for row in facts)
     assert len(facts) + metrics["num_refused"] == metrics["num_answers"] == NUM_SELECTED
-    assert metrics["num_refused"] == sum("size" in row["question"] for row in table(tuned, "annotate")) > 0
+    assert metrics["num_refused"] == sum(number(row["question"]) % 3 == 0 for row in table(tuned, "annotate")) > 0
     (reason,) = metrics["refused"]
     assert "2 unusable replies" in reason
     assert "not the JSON asked for" in reason
@@ -118,11 +123,11 @@ def test_each_fact_has_a_perplexity_and_the_hardest_are_asked_for(tuned: Tuned) 
 
 def test_what_the_teacher_cannot_rewrite_is_left_out_of_stage_one_alone(tuned: Tuned) -> None:
     parts = Counter(row["part"] for row in table(tuned, "augment"))
-    num_taste = sum("taste" in row["question"] for row in table(tuned, "facts"))
+    num_refused = sum(number(row["question"]) % 3 == 1 for row in table(tuned, "facts"))
     aspects = {"completeness", "factuality", "logicality"}
-    assert num_taste > 0
+    assert num_refused > 0
     assert {part: parts[part] for part in aspects} == dict.fromkeys(aspects, len(table(tuned, "facts")))
-    assert parts["fine_grained"] == len(table(tuned, "facts")) - num_taste
+    assert parts["fine_grained"] == len(table(tuned, "facts")) - num_refused
 
 
 def test_both_stages_train_on_what_was_made_and_the_second_goes_on_from_the_first(tuned: Tuned) -> None:

@@ -35,7 +35,7 @@ POINTS: list[dict[str, Any]] = [
     {"event": "shard_written", "stage": "feedback", "round": 1, "signal": signal.SIGTERM},
     {"event": "before_commit", "stage": "select", "round": 1},
     {"event": "shard_written", "stage": "annotate", "round": 1, "count": 2},
-    {"event": "training_step", "round": 1},
+    {"event": "training_step", "round": 1, "count": 3},
     {"event": "stage_committed", "stage": "tune", "round": 1},
 ]
 #: Stages that go on with their whole shards; all others are made in one go.
@@ -78,7 +78,12 @@ def fingerprints(run_dir: Path) -> dict[str, tuple[str, int]]:
         if path.is_file() and not path.name.startswith((".tmp-", "plan.json")):
             stat = path.stat()
             found[str(path.relative_to(run_dir))] = (hashlib.sha256(path.read_bytes()).hexdigest(), stat.st_mtime_ns)
-    return {name: value for name, value in found.items() if not name.startswith(("logs/", "scratch/"))}
+    return {
+        name: value
+        for name, value in found.items()
+        # Checkpoints go when their stage is committed.
+        if not name.startswith(("logs/", "scratch/")) and "/checkpoints/" not in name
+    }
 
 
 def check_kept(run_dir: Path, before: dict[str, tuple[str, int]], committed: set[str], where: str) -> None:
@@ -222,6 +227,9 @@ def test_a_run_killed_in_one_stage_after_the_other_ends_as_if_it_had_not_been(
     copy_of_first_round(finished, run_dir)
     survive(ka2l, run_dir, POINTS, log, on_cluster=on_cluster)
     assert check_history(run_dir)
+    steps = [event["step"] for event in read_events(RunDirectory(run_dir)) if event["event"] == "training_step"]
+    assert steps.count(1) == 1  # killed after its third step, the second training went on from a checkpoint
+    assert not list(run_dir.glob("*/*/checkpoints"))
     check_reveals(run_dir, log.read_text().split())
     check_equal(run_dir, finished.run_dir, range(3))
     assert not (run_dir / "scratch").exists()

@@ -258,14 +258,20 @@ def test_an_adapter_that_does_not_fit_is_a_model_error(tmp_path: Path, tiny_mode
         extractor(tiny_models("llama-2"), tmp_path / "no-adapter")
 
 
-def test_an_adapter_that_adds_tokens_is_refused(tmp_path: Path, tiny_models: TinyModels) -> None:
+def test_states_with_an_adapter_that_adds_tokens_are_those_after_the_tokens(
+    tmp_path: Path, tiny_models: TinyModels
+) -> None:
     path = tiny_models("llama-2")
-    prompt_tuned = get_peft_model(
-        reference_model(path), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-    )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    prompt_tuned = get_peft_model(reference_model(path), config).eval()
     prompt_tuned.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="adds tokens"):
-        extractor(path, tmp_path)
+    ids = [7, 8, 9, 10]
+    with torch.no_grad():
+        states = prompt_tuned(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
+    found = extractor(path, tmp_path).extract([ids])[0]
+    for layer in (1, 2, 3):
+        assert np.allclose(found[layer], states[layer][0, -1], atol=1e-4)
+    assert not np.allclose(found[3], extractor(path).extract([ids])[0][3], atol=1e-3)
 
 
 def test_an_adapter_of_a_deeper_model_is_a_model_error(tmp_path: Path, tiny_models: TinyModels) -> None:
