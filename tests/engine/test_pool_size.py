@@ -20,7 +20,7 @@ from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.report import collect
-from engine.stages import tuning
+from engine.stages import tables, tuning
 from engine.stages.choosing import annotation_context
 from engine.stages.tables import annotated_ids, asked_ids, states_of
 from ka2l.records import CLUSTERS, QUESTIONS, REFERENCES, SAMPLES, hidden_states_schema
@@ -238,7 +238,7 @@ def test_of_few_questions_all_are_rehearsed_and_never_fewer_than_training_turns_
 
 
 def test_the_canary_asks_the_questions_with_the_lowest_ids(begin: Begin) -> None:
-    assert tuning._first_questions(begin(7).stage("questions"), 3) == [f"What is {name}?" for name in IDS[:3]]
+    assert tables.first_questions(begin(7).stage("questions"), 3) == [f"What is {name}?" for name in IDS[:3]]
 
 
 def test_the_warm_up_draws_the_same_questions_however_the_pool_is_cut(begin: Begin) -> None:
