@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ka2l.decoder_config import SMALL, DecoderConfig
-from ka2l.errors import ModelError
+from ka2l.errors import ModelError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -188,6 +188,6 @@ def _load_seq2seq(path: str) -> PreTrainedModel:
         return AutoModelForSeq2SeqLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"decoder.model {path} cannot be loaded as an encoder-decoder: {str(error).splitlines()[0]}",
+            f"decoder.model {path} cannot be loaded as an encoder-decoder: {first_line(error)}",
             hint="Name a T5-family directory or hub id, such as google-t5/t5-base, or small.",
         ) from error

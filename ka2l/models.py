@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from ka2l.errors import ModelError
+from ka2l.errors import ModelError, first_line
 from ka2l.section import Section
 
 if TYPE_CHECKING:
@@ -134,9 +134,8 @@ def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = Fal
             **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"cannot load a causal language model from {path}: {reason}",
+            f"cannot load a causal language model from {path}: {first_line(error)}",
             hint="Give model.path a hub id, or a folder with config.json and weights.",
         ) from error
     return model

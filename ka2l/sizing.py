@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ka2l.errors import ConfigError, ModelError
+from ka2l.errors import ConfigError, ModelError, first_line
 
 _GIB = 2**30
 #: Bytes an element.
@@ -66,7 +66,7 @@ def model_needs(path: str, dtype: str = "bfloat16", *, trust_remote_code: bool =
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the size of {path} cannot be told from its config: {str(error).splitlines()[0]}",
+            f"the size of {path} cannot be told from its config: {first_line(error)}",
             hint="Name a directory or hub id with a config.json of a causal language model.",
         ) from error
     if dtype == "auto":
