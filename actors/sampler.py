@@ -14,7 +14,7 @@ import pyarrow as pa
 from actors.host import Stats, wait_for_gpu_memory
 from ka2l.canary import check_canary
 from ka2l.errors import ModelError
-from ka2l.models import max_model_len
+from ka2l.models import max_model_len, split_source
 from ka2l.prompts import Prompter
 from ka2l.records import SAMPLES
 from ka2l.sampling import Generation, Request, Sampler, SamplerConfig, rejected
@@ -49,7 +49,8 @@ class VLLMSampler:
             if not _has_gpu():
                 multiply_one_adapter()
         try:
-            self.engine = LLM(model_path, **arguments)
+            path, revision = split_source(model_path)
+            self.engine = LLM(path, revision=revision, tokenizer_revision=revision, **arguments)
         except (OSError, ValueError) as error:
             raise ModelError(f"vLLM cannot load {model_path}: {error}", hint="Check model and sampler.") from error
         self.config = config

@@ -59,7 +59,7 @@ def sampler(model: ModelConfig, config: SamplerConfig, adapter: str | None = Non
         case kind:
             factory = plugin(kind)
     made: Sampler = factory(
-        model.path,
+        model.source,
         config,
         dtype=_dtype(model, config.gpus_per_replica),
         adapter=adapter,
@@ -98,7 +98,7 @@ def extractor_host(
 
     set_num_threads(config.cpus_per_replica)
     extractor = HiddenStateExtractor(
-        model.path,
+        model.source,
         config,
         dtype=_dtype(model, config.gpus_per_replica),
         adapter=adapter,
@@ -117,7 +117,7 @@ def perplexity_host(
 
     set_num_threads(config.cpus_per_replica)
     scorer = PerplexityScorer(
-        model.path,
+        model.source,
         dtype=_dtype(model, config.gpus_per_replica),
         adapter=adapter,
         trust_remote_code=model.trust_remote_code,

@@ -94,7 +94,7 @@ class Campaign:
         """GPU-seconds from this round's beginning to the run's end, as `engine.work` reckons."""
         config, counts = self.config, self.stage("questions").require().metrics
         if not self._billions:
-            needs = model_needs(self.model.path, trust_remote_code=self.model.trust_remote_code)
+            needs = model_needs(self.model.source, trust_remote_code=self.model.trust_remote_code)
             self._billions = needs.num_parameters / 1e9
         num_candidates = int(counts["candidate"])
         size = RunSize(

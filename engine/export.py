@@ -205,7 +205,7 @@ class _Export:
         from ka2l.merging import check_merged, merge_adapter
 
         model, merged = self.campaign.model, str(folder / place)
-        dtype = merge_adapter(model.path, str(folder), merged, model.trust_remote_code)
+        dtype = merge_adapter(model.source, str(folder), merged, model.trust_remote_code)
         check_merged(merged, dtype, canary, model.trust_remote_code)
         return Whole(place, dtype)
 

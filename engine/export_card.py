@@ -143,9 +143,11 @@ def render_card(campaign: Campaign, facts: CardFacts) -> str:
         metadata=metadata.to_yaml(),
         base=base,
         base_is_local=is_local(campaign.model.path),
+        at=f', revision="{campaign.model.revision}"' if campaign.model.revision else "",
         config=campaign.config,
         pool=_pool_name(campaign),
         rounds=_rounds(facts),
+        beyond=_beyond(facts),
         measured=_state(facts.summary, facts.round_index + 1),
         before=_state(facts.summary, 0),
         spent=_spent(facts),
@@ -183,6 +185,32 @@ def _rounds(facts: CardFacts) -> list[dict[str, str]]:
                     "auroc": _figure(probe.get("auroc"), probe.get("auroc_ci")),
                 }
             )
+    return rows
+
+
+#: Figures beside accuracy, as a card names them: section and name in ``evaluation`` of summary.json.
+_BEYOND = {
+    "facts correct an answer": ("facts", "correct"),
+    "share of stated facts that are correct": ("facts", "share_correct"),
+    "completeness": ("facts", "completeness"),
+    "order": ("facts", "order"),
+    "METEOR": ("text", "meteor"),
+    "ROUGE-L": ("text", "rouge_l"),
+    "BERTScore": ("text", "bert_score"),
+}
+
+
+def _beyond(facts: CardFacts) -> list[dict[str, str]]:
+    """Table rows: figures beside accuracy of the base model and of this adapter; none where neither was measured."""
+    states = [_state(facts.summary, index) or {} for index in (0, facts.round_index + 1)]
+    rows = []
+    for title, (section, name) in _BEYOND.items():
+        found = [((state.get("evaluation") or {}).get(section) or {}).get(name) for state in states]
+        # Text metrics have their mean beside a note on how they were made.
+        estimates = [made["mean"] if isinstance(made, Mapping) else made for made in found]
+        before, after = (_figure(made[0], made[1:]) if made else "" for made in estimates)
+        if before or after:
+            rows.append({"title": title, "before": before, "after": after})
     return rows
 
 

@@ -17,6 +17,8 @@ from ka2l.sizing import EngineShape, ModelNeeds, engine_shape, model_needs
 _Section = TypeVar("_Section", bound=Section)
 #: The cache holds so many tokens at least: a few hundred short questions with their answers, decoded at once.
 _CACHE_TOKENS = 64 * 1024
+#: Of each parameter in full fine-tuning: weight, gradient and AdamW's two moments, all in float32.
+_TRAINED_BYTES = 16
 
 
 class Sizes:
@@ -59,20 +61,35 @@ class Sizes:
         # Beside the weights an extractor needs what an engine's cache takes, for the activations of long batches.
         share = single.gpu_share if own else max(single.gpu_share, min(1.0, sampler.gpus_per_replica))
         extraction = _filled(extraction, gpus_per_replica=share)
+        self._check_full(config, needs, model)
         tuning = _filled(tuning, gpus_per_worker=1.0)
         return config.model_copy(update={"sampler": sampler, "extraction": extraction, "tuning": tuning})
 
     def _needs(self, model: ModelConfig) -> ModelNeeds:
-        key = (model.path, model.dtype, model.trust_remote_code)
+        key = (model.source, model.dtype, model.trust_remote_code)
         if key not in self._known:
             try:
-                self._known[key] = self._needs_of(model.path, model.dtype, trust_remote_code=model.trust_remote_code)
+                self._known[key] = self._needs_of(model.source, model.dtype, trust_remote_code=model.trust_remote_code)
             except ModelError as error:
                 self._known[key] = error
         found = self._known[key]
         if isinstance(found, KA2LError):
             raise found
         return found
+
+    def _check_full(self, config: RunConfig, needs: ModelNeeds, model: ModelConfig) -> None:
+        """Raise ConfigError where training all weights needs more memory than the workers' GPUs have."""
+        tuning = config.tuning
+        if tuning.adapter.kind != "full":
+            return
+        shards = tuning.workers if tuning.parallel == "fsdp" else 1
+        needed_gib = needs.num_parameters * _TRAINED_BYTES / shards / 2**30
+        if needed_gib > self._gpu_gib:
+            raise ConfigError(
+                f"full fine-tuning of {model.path} takes {needed_gib:,.0f} GiB a worker for weights, gradients and the "
+                f"optimiser alone, and a GPU has {self._gpu_gib:g}",
+                hint="Set tuning.parallel=fsdp and more tuning.workers, or tuning.adapter.kind=lora.",
+            )
 
     def _single(self, needs: ModelNeeds, model: ModelConfig) -> EngineShape:
         """The part of one GPU that holds the weights."""

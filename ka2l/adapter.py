@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ka2l.errors import ConfigError, ModelError, first_line
-from ka2l.models import ModelConfig, is_directory, load_causal_lm
+from ka2l.models import ModelConfig, is_directory, load_causal_lm, split_source
 from ka2l.models import load_tokenizer as _load_tokenizer
 from ka2l.section import Section
 
@@ -289,6 +289,8 @@ def save_adapter(model: Any, model_path: str, output_dir: str, state_dict: dict[
     fields = json.loads(path.read_text())
     if Path(model_path).exists():
         fields["base_model_name_or_path"] = Path(model_path).resolve().name
+    else:
+        fields["base_model_name_or_path"], fields["revision"] = split_source(model_path)
     if isinstance(fields.get("target_modules"), list):  # a set in PEFT, in any order
         fields["target_modules"].sort()
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
@@ -301,7 +303,9 @@ def save_model(
     from transformers import AutoTokenizer
 
     model.save_pretrained(output_dir, state_dict=state_dict)
-    AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code).save_pretrained(output_dir)
+    path, revision = split_source(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+    tokenizer.save_pretrained(output_dir)
     if trust_remote_code and is_directory(model_path):
         for file in Path(model_path).expanduser().glob("*.py"):
             shutil.copy(file, output_dir)

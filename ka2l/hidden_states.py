@@ -126,13 +126,16 @@ class HiddenStateExtractor:
         import torch
         from transformers import AutoTokenizer
 
+        from ka2l.models import split_source
+
         self.config = config
         self.num_forward_passes = 0
         self.num_tokens = 0
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if config.device == "auto" else config.device)
         self.decoder, self._virtual = _load_decoder(model_path, dtype, adapter, trust_remote_code, self.device)
-        self.tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        path, revision = split_source(model_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
         text_config = self.decoder.config.get_text_config(decoder=True)
         self._width: int = text_config.hidden_size
         longest = getattr(text_config, "max_position_embeddings", 1 << 30) - num_virtual_tokens(self._virtual)

@@ -31,6 +31,11 @@ class ModelConfig(Section):
 
     LOGISTICS: ClassVar[frozenset[str]] = frozenset({"path"})
 
+    @property
+    def source(self) -> str:
+        """What loads the model, in one string: a folder, a hub id, or ``id@revision``; see `split_source`."""
+        return self.path if self.revision is None or is_directory(self.path) else f"{self.path}@{self.revision}"
+
 
 class ModelState(NamedTuple):
     """What a round asks: the base model, with an adapter from the second round on, or a model that training wrote."""
@@ -52,6 +57,14 @@ def is_directory(path: str) -> bool:
     if looks_local and not found:
         raise ModelError(f"model directory {path} does not exist", hint="Check model.path.")
     return found
+
+
+def split_source(source: str) -> tuple[str, str | None]:
+    """Folder or hub id, and the revision of a hub id, of what `ModelConfig.source` gives."""
+    if source.startswith((".", "/", "~")) or Path(source).is_dir():
+        return source, None
+    path, _, revision = source.partition("@")
+    return path, revision or None
 
 
 def check_model_directory(path: str) -> None:
@@ -103,9 +116,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with left padding and a pad token; raises ModelError where it cannot be loaded."""
     from transformers import AutoTokenizer
 
+    path, revision = split_source(config.source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            config.path, trust_remote_code=config.trust_remote_code, revision=config.revision, padding_side="left"
+            path, trust_remote_code=config.trust_remote_code, revision=revision, padding_side="left"
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load the tokenizer of {config.path}: {error}", hint="Check model.path.") from error
@@ -114,15 +128,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+def load_causal_lm(
+    source: str, dtype: str = "auto", trust_remote_code: bool = False, **options: Any
+) -> PreTrainedModel:
     """The model with its LM head; ``options`` as of ``from_pretrained``. Raises ModelError where config or weights are
     missing or unreadable."""
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    path, revision = split_source(source)
     check_model_directory(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
         # SDPA attention leaves Gemma 2's soft cap on attention scores out, without a word; eager attention applies it.
         capped = getattr(config, "attn_logit_softcapping", None)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -130,12 +147,13 @@ def load_causal_lm(path: str, dtype: str = "auto", trust_remote_code: bool = Fal
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             attn_implementation="eager" if capped else None,
             **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
-            f"cannot load a causal language model from {path}: {first_line(error)}",
+            f"cannot load a causal language model from {source}: {first_line(error)}",
             hint="Give model.path a hub id, or a folder with config.json and weights.",
         ) from error
     return model

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 from ka2l.errors import ConfigError, ModelError, first_line
+from ka2l.models import split_source
 
 _GIB = 2**30
 #: Bytes an element.
@@ -50,7 +51,7 @@ def model_needs(path: str, dtype: str = "bfloat16", *, trust_remote_code: bool =
     """Counts parameters on the meta device.
 
     Args:
-        path: directory or hub id.
+        path: directory or hub id, or ``id@revision``.
         dtype: ``auto`` counts as bfloat16, unless the config says float32.
 
     Raises:
@@ -61,7 +62,8 @@ def model_needs(path: str, dtype: str = "bfloat16", *, trust_remote_code: bool =
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        folder, revision = split_source(path)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -127,7 +127,7 @@ def _decode(
     with campaign.hold(1, config.cpus_per_worker, config.gpus_per_worker) as placement:
         return decode_states(
             folder=campaign.decoder_dir(fitted_round),
-            model_path=campaign.model.path,
+            model_path=campaign.model.source,
             states=np.stack([variant.state for variant in variants]),
             sampled=sampled,
             config=config,

@@ -147,7 +147,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
 
             metrics = run_decoder_training(
-                model_path=campaign.model.path,
+                model_path=campaign.model.source,
                 sources=sources,
                 held_out=PairSource(questions.url, extracted.url, questions.shard_names(), "seed"),
                 layer=layer,

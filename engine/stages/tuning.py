@@ -177,7 +177,7 @@ def _train(
                 campaign.trackers.log_step(stage, report)
 
         metrics = run_training(
-            model_path=campaign.model.path,
+            model_path=campaign.model.source,
             rows_path=str(scratch / "rows.jsonl"),
             config=config.tuning,
             output_dir=str(output),
@@ -216,7 +216,7 @@ def _canary(campaign: Campaign, adapter: Path, prompter: Prompter, log: str) -> 
     prompts = [prompter.text(question) for question in first_questions(campaign.stage("questions"), _CANARY_PROMPTS)]
     gpus = min(1.0, config.tuning.gpus_per_worker)
     arguments = {
-        "model_path": campaign.model.path,
+        "model_path": campaign.model.source,
         "adapter_dir": str(adapter),
         "prompts": prompts,
         "max_tokens": min(16, config.sampler.max_tokens),

@@ -356,6 +356,20 @@ def test_the_card_is_one_of_the_hub_s_and_says_what_the_run_says(exported: Expor
     assert exported.run.stage("tune", 1).require().fingerprint in card.text
 
 
+def test_the_card_shows_what_was_measured_beside_accuracy(copy: Path, command: Any, tmp_path: Path) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    summary["rounds"][0]["evaluation"] = {"facts": {"correct": [2.5, 2.0, 3.0], "order": None}, "text": {}}
+    measured = {"mean": [0.5, 0.4, 0.6], "how": "nltk"}
+    summary["rounds"][2]["evaluation"] = {"facts": {"correct": [3.5, 3.0, 4.0]}, "text": {"meteor": measured}}
+    (copy / "summary.json").write_text(json.dumps(summary))
+    code, _, err = command("export", copy, "--out", tmp_path / "out", "--format", "alpaca")
+    assert code == 0, err
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| facts correct an answer | 2.500 [2.000, 3.000] | 3.500 [3.000, 4.000] |" in card
+    assert "| METEOR |  | 0.500 [0.400, 0.600] |" in card
+    assert "| order |" not in card
+
+
 def test_the_card_names_no_folder_of_this_machine(exported: Exported, finished: Any) -> None:
     text = (exported.folder / "README.md").read_text()
     for folder in (finished.run_dir, exported.model.parent, exported.folder.parent):

@@ -76,6 +76,15 @@ def test_a_model_that_one_card_does_not_hold_is_refused() -> None:
         sizes(40, gpu_gib=24).sized(RunConfig(), MODEL)
 
 
+def test_training_all_weights_is_refused_where_their_optimiser_does_not_fit() -> None:
+    needs = ModelNeeds(8_000_000_000, 15 * GIB, 128 * 1024, 32, 4096)
+    found = Sizes(80, lambda *_, **__: needs)
+    full = {"adapter": {"kind": "full"}, "workers": 2, "gpus_per_worker": 1}
+    with pytest.raises(ConfigError, match=r"full fine-tuning of some/model takes 119 GiB a worker"):
+        found.sized(RunConfig.model_validate({"tuning": full}), MODEL)
+    found.sized(RunConfig.model_validate({"tuning": full | {"parallel": "fsdp"}}), MODEL)
+
+
 def test_only_where_a_worker_runs_changes() -> None:
     config = RunConfig()
     sized = sizes(15).sized(config, MODEL)
