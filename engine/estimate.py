@@ -31,13 +31,15 @@ from engine.events import Events
 from engine.ledger import committed_stages
 from engine.meter import workers
 from engine.stages.tables import among
-from engine.warm_up import Decoding, Range, Rates, exactly, measure, measured_once
+from engine.warm_up import Decoding, Pace, Range, Rates, Refining, exactly, measure, measured_once
+from ka2l.knowtuning import FINE_GRAINED
 from ka2l.models import ModelConfig
 from ka2l.prompts import teacher_messages
 from ka2l.records import SCHEMA_VERSION, SPLITS
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_request import ShortAnswer, TeacherPrompt, request_body
 from ka2l.tuning import num_steps
+from ka2l.tuning_config import TuningConfig
 
 #: Characters that make a token, in English: usually, and at most and at least for the interval.
 _CHARACTERS_PER_TOKEN = (4.0, 5.0, 3.0)
@@ -164,8 +166,11 @@ def _capped(
         if money is not None and teaching.money.value * cap > money:
             cap = int(money / teaching.money.value)
             notes.append(f"The budget of {money:g} for annotation lets about {cap:,} annotations through.")
-    if config.tuning.augments:
-        notes.append("What KnowTuning adds is not in the figures: its writer, its finer questions and its comparisons.")
+    if config.tuning.augments and rates.refining is None:
+        notes.append(
+            f"KnowTuning's writer was not asked: its requests, up to {_num_requests(config.tuning):,} an annotation, "
+            "and what is trained on what it writes are not in the figures."
+        )
     if config.evaluation.judges or config.evaluation.text:
         notes.append("What evaluation measures by a judge or by text metrics is not in the figures.")
     if config.annotator.kind == "human":
@@ -201,9 +206,46 @@ def predict(
         )  # fmt: skip
         rehearsed = counts["seed"] + round(counts["candidate"] * config.tuning.rehearsal)
         left = max(0, rehearsed - annotated) if config.tuning.rehearsal > 0 else 0
-        steps = num_steps(config.tuning, annotated, left)
+        finer = 0
+        if rates.refining is not None:
+            made += _predict_refining(config, rates.refining, index, wanted)
+            finer = round(annotated * rates.refining.pairs.get(FINE_GRAINED, 0.0))
+        steps = num_steps(config.tuning, annotated + finer, left)
         made.append(_held(Prediction(index, "tune", steps, seconds=rates.tune.seconds(steps)), config))
+        if rates.refining is not None and rates.refining.compare is not None:
+            made.append(
+                _held(_predict_comparing(config, rates.refining, rates.refining.compare, index, annotated), config)
+            )
     return made
+
+
+def _num_requests(tuning: TuningConfig) -> int:
+    """What a writer is asked about one annotated answer."""
+    aspects = tuning.compares
+    # The better answer, a worse one for each aspect; wrong facts before the answer that states them.
+    compared = 1 + len(aspects) + ("factuality" in aspects) if aspects else 0
+    return 1 + tuning.knowtuning.augment + compared
+
+
+def _predict_refining(config: RunConfig, refining: Refining, index: int, num_answers: int) -> list[Prediction]:
+    """What KnowTuning makes of a round's annotated answers."""
+    made = [
+        Prediction(index, "facts", num_answers, seconds=refining.facts.seconds(num_answers)),
+        Prediction(
+            index, "difficulty", num_answers, round(refining.num_facts * num_answers),
+            tokens_prompt=measured_once(refining.num_tokens * num_answers),
+            seconds=refining.difficulty.seconds(num_answers, config.extraction.replicas),
+        ),
+        Prediction(index, "augment", num_answers, seconds=refining.augment.seconds(num_answers)),
+    ]  # fmt: skip
+    return [_held(row, config) for row in made]
+
+
+def _predict_comparing(config: RunConfig, refining: Refining, pace: Pace, index: int, annotated: int) -> Prediction:
+    own = config.tuning.knowtuning
+    num_pairs = max(1, round(annotated * sum(refining.pairs.get(aspect, 0.0) for aspect in config.tuning.compares)))
+    steps = math.ceil(own.num_epochs * num_pairs / min(own.batch_size, num_pairs))
+    return Prediction(index, "compare", steps, seconds=pace.seconds(steps))
 
 
 def _held(row: Prediction, config: RunConfig) -> Prediction:

@@ -30,6 +30,7 @@ from ka2l.models import load_tokenizer
 from ka2l.pool import ColumnsConfig, PoolConfig
 from ka2l.prompts import Prompter
 from ka2l.records import SPLITS
+from ka2l.tuning_config import TuningConfig
 
 #: Questions of each split in the warm-up, in so many shards: the first shows the start, the others repeat.
 _QUESTIONS, _SHARDS = 144, 3
@@ -111,6 +112,23 @@ class Decoding(NamedTuple):
     """Of the drafts, those that are new enough to be forwarded again."""
 
 
+class Refining(NamedTuple):
+    """How long KnowTuning takes beside tuning, with a writer that costs nothing."""
+
+    facts: Pace
+    """A unit is an answer, as in the next two."""
+    difficulty: Pace
+    augment: Pace
+    compare: Pace | None
+    """A unit is an optimiser step; None without comparisons."""
+    pairs: Mapping[str, float]
+    """Pairs an answer, by part (records.PAIRS)."""
+    num_facts: float
+    """Of an answer: each is a forward pass."""
+    num_tokens: float
+    """Of an answer's facts, with their prompts."""
+
+
 class Rates(NamedTuple):
     """What the warm-up measured."""
 
@@ -138,6 +156,8 @@ class Rates(NamedTuple):
     """A unit is an optimiser step."""
     decoding: Decoding | None = None
     """None without a decoder."""
+    refining: Refining | None = None
+    """None where nothing is taken apart, or a teacher does it."""
 
 
 def measure(campaign: Campaign, folder: Path) -> Rates:
@@ -155,7 +175,12 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     stages.select(warm, 0)
     decoding = _measure_decoding(warm) if warm.config.decoder.kind != "none" else None
     stages.annotate(warm, 0)
+    if warm.config.tuning.augments:
+        for stage in (stages.facts, stages.difficulty, stages.augment):
+            stage(warm, 0)
     stages.tune(warm, 0)
+    if warm.config.tuning.compares:
+        stages.compare(warm, 0)
     for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback):
         stage(warm, 1)
     stages.knowledge(warm, 1)
@@ -177,6 +202,7 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
         driver=_driver_paces(warm, sum(row["split"] == "seed" for row in rows), len(rows)),
         tune=_tuning_pace(warm),
         decoding=decoding,
+        refining=_refining(warm) if warm.config.tuning.augments else None,
     )
 
 
@@ -220,6 +246,7 @@ def _small_campaign(campaign: Campaign, folder: Path, rows: Sequence[Mapping[str
     source = folder / "pool.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = campaign.config
+    budget = min(16, len(rows) // 3)
     decoder = {"corpus": campaign.corpus_path(), "num_corpus": _STEPS * whole.decoder.batch_size, "num_epochs": 1.0}
     config = whole.model_copy(
         update={
@@ -228,8 +255,8 @@ def _small_campaign(campaign: Campaign, folder: Path, rows: Sequence[Mapping[str
             "pool": PoolConfig(path=str(source), columns=ColumnsConfig(split="split")),
             "sampler": whole.sampler.model_copy(update={"replicas": 1}),
             "extraction": whole.extraction.model_copy(update={"replicas": 1}),
-            "selection": whole.selection.model_copy(update={"budget": min(16, len(rows) // 3)}),
-            "tuning": whole.tuning.model_copy(update={"max_steps": _STEPS}),
+            "selection": whole.selection.model_copy(update={"budget": budget}),
+            "tuning": _short_tuning(whole.tuning, budget),
             "decoder": whole.decoder.model_copy(update=decoder),
             "annotator": AnnotatorConfig(reference_table=campaign.reference_table_path()),
             "budget": BudgetConfig(),
@@ -238,6 +265,41 @@ def _small_campaign(campaign: Campaign, folder: Path, rows: Sequence[Mapping[str
     run = RunDirectory(folder / "warm-up")
     Path(run.path).mkdir()
     return Campaign(config, run, Events(run, Console(quiet=True)), campaign.model, str(source))
+
+
+def _short_tuning(tuning: TuningConfig, num_annotated: int) -> TuningConfig:
+    """A few steps of each kind of training. A writer that would have to be paid is not asked."""
+    own = tuning.knowtuning
+    if own.writer != "testbed":
+        tuning = tuning.model_copy(update={"kind": "sft"})
+    num_pairs = num_annotated * max(1, len(own.aspects))
+    passes = _STEPS * min(own.batch_size, num_pairs) / num_pairs
+    return tuning.model_copy(update={"max_steps": _STEPS, "knowtuning": own.model_copy(update={"num_epochs": passes})})
+
+
+def _refining(campaign: Campaign) -> Refining:
+    def pace(name: str) -> Pace:
+        seconds = campaign.stage(name, 0).require().seconds
+        return Pace(measured_once(seconds), Range(0.0, 0.0, seconds / num_answers))
+
+    num_answers = max(1, campaign.stage("facts", 0).require().metrics["num_answers"])
+    pairs = campaign.stage("augment", 0).require().metrics["num_pairs"]
+    compare = None
+    if campaign.config.tuning.compares:
+        compared = campaign.stage("compare", 0).require()
+        working = compared.metrics["training_seconds"]
+        rate = measured_once(working / compared.metrics["num_steps"])
+        compare = Pace(measured_once(compared.seconds - working), rate)
+    measured = campaign.stage("difficulty", 0).require()
+    return Refining(
+        facts=pace("facts"),
+        difficulty=_pace(measured),
+        augment=pace("augment"),
+        compare=compare,
+        pairs={part: count / num_answers for part, count in pairs.items()},
+        num_facts=measured.cost["forward_passes"] / num_answers,
+        num_tokens=measured.cost["tokens_prompt"] / num_answers,
+    )
 
 
 def _pace(manifest: Manifest) -> Pace:
@@ -267,7 +329,8 @@ def _driver_paces(campaign: Campaign, num_seed: int, num_all: int) -> tuple[dict
 def _tuning_pace(campaign: Campaign) -> Pace:
     """From the times that training reported on its way."""
     tuned = campaign.stage("tune", 0).require()
-    reports = [event for event in read_events(campaign.run) if event["event"] == "training_step"]
+    events = read_events(campaign.run)
+    reports = [event for event in events if event["event"] == "training_step" and event["stage"] == "tune"]
     later = [report for report in reports if report["step"] > _STEPS / 3]
     rates = [
         (after["seconds"] - before["seconds"]) / (after["step"] - before["step"]) for before, after in pairwise(later)

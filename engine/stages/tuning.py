@@ -173,7 +173,7 @@ def _train(
             if "step" in report:
                 progress.bar.update(progress.task, total=report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
-                campaign.events.emit("training_step", round=stage.round_index, **report)
+                campaign.events.emit("training_step", round=stage.round_index, stage=stage.name, **report)
                 campaign.trackers.log_step(stage, report)
 
         metrics = run_training(

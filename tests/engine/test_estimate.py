@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import load_config
 from engine.estimate import Estimate, Prediction, Teaching, _capped, predict, teaching_of
-from engine.warm_up import Pace, Range, Rates, exactly, mean_of, measured_once
+from engine.warm_up import Pace, Range, Rates, Refining, exactly, mean_of, measured_once
 from ka2l.teacher_config import Prices, TeacherConfig
 
 RATES = Rates(
@@ -100,6 +100,36 @@ def test_own_answers_are_grouped_in_the_second_round_and_graded_in_later_ones() 
     grouped = of("feedback", rows())
     assert [row.round_index for row in grouped] == [1, 2, 3]
     assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0, 2.0]
+
+
+REFINING = Refining(
+    facts=Pace(exactly(1.0), exactly(0.0)),
+    difficulty=Pace(exactly(8.0), exactly(0.01)),
+    augment=Pace(exactly(1.0), exactly(0.0)),
+    compare=Pace(exactly(10.0), exactly(0.5)),
+    pairs={"fine_grained": 1.0, "completeness": 1.0, "factuality": 1.0, "logicality": 0.5},
+    num_facts=5.0,
+    num_tokens=60.0,
+)
+
+
+def test_finer_questions_lengthen_tuning_and_comparisons_come_after_it() -> None:
+    config = load_config("knowtuning", ["rounds=1", "tuning.rehearsal=0", "tuning.num_epochs=2"])
+    made = predict(config, COUNTS, RATES._replace(refining=REFINING), 100)
+    names = [row.stage for row in made if row.round_index == 0]
+    assert names[names.index("annotate") :] == ["annotate", "facts", "difficulty", "augment", "tune", "compare"]
+    (difficulty,), (tuned,), (compared,) = (of(name, made) for name in ("difficulty", "tune", "compare"))
+    assert difficulty.seconds == exactly(8.0 + 100 * 0.01)
+    assert (difficulty.forward_passes, difficulty.tokens_prompt.value) == (500, 6000.0)
+    assert tuned.rows == 7  # 2 * 200 rows in batches of 64
+    assert compared.rows == 16  # 250 comparisons in batches of 16
+    assert compared.seconds == exactly(10.0 + 16 * 0.5)
+
+
+def test_a_writer_that_was_not_asked_is_told_with_its_requests() -> None:
+    overrides = ["tuning.knowtuning.writer=teacher", "annotator.kind=teacher", "annotator.teacher.model=m"]
+    _, notes = _capped(load_config("knowtuning", overrides), COUNTS, RATES, 100, None)
+    assert any("up to 7 an annotation" in note for note in notes)
 
 
 def test_rounds_and_run_are_the_sums_of_their_stages() -> None:
