@@ -38,7 +38,7 @@ def hub_home(tiny_models: Callable[..., Path], tmp_path: Path) -> Path:
     """A hub cache with two revisions of ``org/tiny``: of one layer, and of three."""
     repository = tmp_path / "hub" / "models--org--tiny"
     for (name, commit), num_layers in zip(REVISIONS.items(), (1, 3), strict=True):
-        shutil.copytree(tiny_models("llama", num_hidden_layers=num_layers), repository / "snapshots" / commit)
+        shutil.copytree(tiny_models("llama-2", num_hidden_layers=num_layers), repository / "snapshots" / commit)
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / name).write_text(commit)
     return tmp_path
