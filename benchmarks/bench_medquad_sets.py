@@ -3,7 +3,8 @@
 Both training sets of KnowTuning are built of 200 rows of MedQuAD with vLLM's own server on this machine as teacher. The
 teacher is a tiny model that was taught the form of the replies on a few short prompts and nothing else: its text is
 nonsense, many of its lists have a wrong length, some answers are longer than it can read, and the path is that of any
-teacher. Every answer must end in facts or in the quarantine, every pair in the sets or in the quarantine, and a second pass must ask for nothing.
+teacher. Every answer must end in facts or in the quarantine, every pair in the sets or in the quarantine, and a second
+pass must ask for nothing.
 
     python benchmarks/bench_medquad_sets.py ../shared/data/medquad.jsonl
 
