@@ -88,7 +88,7 @@ def of_stages(files: dict[str, bytes]) -> dict[str, bytes]:
         ({"sampler": {"num_samples": 1}}, "sampler.num_samples: Input should be greater than or equal to 2"),
         ({"pool": {"path": "/no/such/pool.jsonl"}}, "pool.path '/no/such/pool.jsonl': no JSONL or Parquet file there"),
         ({"tuning": {"adapter": {"target_modules": ["no_such_module"]}}}, "has no module named 'no_such_module'"),
-        ({"tuning": {"adapter": {"target_modules": ".*no_such"}}}, "LoRA cannot be put on the model"),
+        ({"tuning": {"adapter": {"target_modules": ".*no_such"}}}, "lora cannot be put on the model"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
