@@ -762,6 +762,7 @@ def test_a_campaign_killed_again_and_again_pays_every_answer_once(teacher_server
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_campaign_killed_once_at_any_request_pays_every_answer_once(teacher_server: Servers, killer: Killer) -> None:
     num_killed = 0
     for request in range(1, NUM_REQUESTS + 1):
