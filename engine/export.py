@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,6 @@ from ka2l.errors import ConfigError
 from ka2l.models import ModelConfig
 from ka2l.prompts import EXAMPLES, plain_prompt
 
-_PIECE_BYTES = 8 * 2**20
 #: Finds the base model of a run: its config's ``model`` with ``path`` resolved to a folder or hub id.
 FindModel = Callable[[RunConfig], ModelConfig]
 
@@ -216,11 +214,7 @@ class _Export:
             name = Path(path).name
             if only in (None, name):
                 folder.mkdir(exist_ok=True)
-                with (
-                    self.campaign.run.fs.open_input_stream(f"{self.stage.path}/{path}") as reader,
-                    (folder / name).open("wb") as writer,
-                ):
-                    shutil.copyfileobj(reader, writer, _PIECE_BYTES)
+                self.campaign.run.copy_out(f"{self.stage.path}/{path}", folder / name)
         return bool(names)
 
     def _prompt(self, canary: Mapping[str, Any]) -> tuple[str, bool]:

@@ -286,10 +286,7 @@ def _refining(campaign: Campaign) -> Refining:
     pairs = campaign.stage("augment", 0).require().metrics["num_pairs"]
     compare = None
     if campaign.config.tuning.compares:
-        compared = campaign.stage("compare", 0).require()
-        working = compared.metrics["training_seconds"]
-        rate = measured_once(working / compared.metrics["num_steps"])
-        compare = Pace(measured_once(compared.seconds - working), rate)
+        compare = _trained_pace(campaign.stage("compare", 0).require())
     measured = campaign.stage("difficulty", 0).require()
     return Refining(
         facts=pace("facts"),
@@ -300,6 +297,13 @@ def _refining(campaign: Campaign) -> Refining:
         num_facts=measured.cost["forward_passes"] / num_answers,
         num_tokens=measured.cost["tokens_prompt"] / num_answers,
     )
+
+
+def _trained_pace(manifest: Manifest) -> Pace:
+    """Of a training that tells the time of its steps: those, and all the rest as its start."""
+    working = manifest.metrics["training_seconds"]
+    start = measured_once(manifest.seconds - working)
+    return Pace(start, measured_once(working / manifest.metrics["num_steps"]))
 
 
 def _pace(manifest: Manifest) -> Pace:
@@ -382,10 +386,8 @@ def _measure_decoding(campaign: Campaign) -> Decoding:
     stages.fit_decoder(campaign, 0)
     stages.decode(campaign, 0)
     fitted, decoded = (campaign.stage(name, 0).require() for name in ("decoder", "decode"))
-    working = fitted.metrics["training_seconds"]
-    rate = measured_once(working / fitted.metrics["num_steps"])
     return Decoding(
-        fit=Pace(measured_once(fitted.seconds - working), rate),
+        fit=_trained_pace(fitted),
         decode_s=measured_once(decoded.seconds),
         forwarded_share=decoded.cost.get("forward_passes", 0.0) / max(1, decoded.metrics["num_drafts"]),
     )

@@ -7,17 +7,15 @@ incorrect. Pairs are judged twice with the answers' positions swapped (Zheng et 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from ka2l.answer_facts import FactCounts, counts_by_match
-from ka2l.knowledge_writer import Refused
 from ka2l.knowtuning import ASPECTS, Aspect
 from ka2l.prompts import compare_messages, match_messages, stated_facts_messages
-from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_reply import TeacherRun, Usage
+from ka2l.teacher_client import Refused, TeacherClient
 from ka2l.teacher_request import TeacherPrompt
 
 Preferred = Literal["first", "second", "tie"]
@@ -73,32 +71,11 @@ class Comparison(NamedTuple):
     """Whether both times the verdict was the same: how far the judge goes by position."""
 
 
-class AnswerJudge:
+class AnswerJudge(TeacherClient):
     """Puts answers to a teacher.
 
     Prompt ids begin with the ids that are given: a text that was asked under another id is not paid for again.
-
-    Args:
-        config: the teacher's; of several samples the first usable one counts.
-        ask: as for `ka2l.annotation_teacher.TeacherAnnotator`.
-        close: gives back what ``ask`` holds.
-
-    Attributes:
-        stopped: ``money`` once the cap was reached.
-        usage: tokens and money of the prompts of all calls, whenever they were paid for.
     """
-
-    def __init__(
-        self,
-        config: TeacherConfig,
-        ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.config = config
-        self.ask = ask
-        self.close = close
-        self.stopped: str | None = None
-        self.usage = Usage()
 
     def count(self, answers: Mapping[str, JudgedAnswer]) -> dict[str, FactCounts | Refused]:
         """Counts of each answer, or why there are none. Answers that were not judged to the end are left out.
@@ -112,7 +89,7 @@ class AnswerJudge:
             for part, text in (("answer", entry.answer), ("reference", entry.reference))
             if text.strip()
         }
-        stated = self._replies(prompts)
+        stated = self.replies(prompts)
         facts: dict[str, tuple[list[str], list[str]]] = {}
         made: dict[str, FactCounts | Refused] = {}
         for name, entry in answers.items():
@@ -128,7 +105,7 @@ class AnswerJudge:
                 made[name] = FactCounts(0, 0, len(expected), None)
             else:
                 facts[name] = (said, expected)
-        matched = self._replies(
+        matched = self.replies(
             {
                 f"{name}/match": TeacherPrompt(match_messages(answers[name].question, said, expected), MatchedFacts)
                 for name, (said, expected) in facts.items()
@@ -151,7 +128,7 @@ class AnswerJudge:
             for place, first, second in (("left_first", pair.left, pair.right), ("right_first", pair.right, pair.left)):
                 messages = compare_messages(pair.question, pair.reference, first, second)
                 prompts[f"{name}/{place}"] = TeacherPrompt(messages, Preferences)
-        replies = self._replies(prompts)
+        replies = self.replies(prompts)
         made: dict[str, Comparison | Refused] = {}
         for name in pairs:
             straight, swapped = replies.get(f"{name}/left_first"), replies.get(f"{name}/right_first")
@@ -160,22 +137,6 @@ class AnswerJudge:
             refused = [reply for reply in (straight, swapped) if isinstance(reply, Refused)]
             made[name] = refused[0] if refused else _both(straight, swapped)
         return made
-
-    def _replies(self, prompts: Mapping[str, TeacherPrompt]) -> dict[str, Any]:
-        """A reply, or `Refused`, to each prompt that was asked to the end."""
-        if not prompts:
-            return {}
-        run = self.ask(prompts)
-        self.stopped = self.stopped or run.stopped
-        self.usage = Usage(
-            self.usage.num_prompt_tokens + run.usage.num_prompt_tokens,
-            self.usage.num_completion_tokens + run.usage.num_completion_tokens,
-            self.usage.cost + run.usage.cost,
-        )
-        return {
-            name: result.usable[0] if result.refusal is None else Refused(result.refusal)
-            for name, result in run.results.items()
-        }
 
 
 def _facts(reply: Any) -> list[str] | Refused | None:

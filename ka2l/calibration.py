@@ -79,8 +79,19 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict[str
 
     if not len(labels):
         return {"ece": None, "brier": None, "bins": []}
-    index = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
-    bins = [
+    return binned(probabilities, labels, np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1))
+
+
+def binned(probabilities: np.ndarray, labels: np.ndarray, index: np.ndarray) -> dict[str, Any]:
+    """As `calibration_error`, over any bins.
+
+    Args:
+        probabilities, labels: shape (n,), at least one row.
+        index: number of each row's bin, shape (n,).
+    """
+    import numpy as np
+
+    bins: list[dict[str, Any]] = [
         {
             "count": int((index == number).sum()),
             "predicted": float(probabilities[index == number].mean()),

@@ -184,9 +184,7 @@ def greedy_answers(
     """
     import torch
 
-    from ka2l.models import load_causal_lm
-
-    model: Any = load_causal_lm(model_path, dtype, trust_remote_code).to(device).eval()  # type: ignore[arg-type]
+    model, _ = open_state(model_path, None, dtype, device, trust_remote_code)
     asked = zip(result["prompt_token_ids"], result["peft_tokens"], strict=True)
     with torch.inference_mode():
         return [_greedy(model, ids, len(ours), result["eos_token_ids"])[0] for ids, ours in asked]

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from ka2l.errors import ConfigError, EngineError, ModelError
 from ka2l.metrics import exact_match, token_f1
+from ka2l.models import encoder_max_length
 from ka2l.normalise import same_answer, surface_key
 from ka2l.section import Section
 
@@ -93,9 +94,7 @@ class NLIEquivalence:
         self._entailment = entailment_label(loaded.config, model)
         self._model = loaded.to(self._device).eval()
         self._batch_size = batch_size
-        # Some position tables keep two rows for padding (RoBERTa), hence the minus two.
-        positions = getattr(loaded.config, "max_position_embeddings", None) or 512
-        self._max_length = min(self._tokenizer.model_max_length, positions - 2)
+        self._max_length = encoder_max_length(self._tokenizer, loaded.config)
 
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
         """See :class:`Equivalence`."""

@@ -13,6 +13,7 @@ from pydantic import field_validator
 
 from ka2l.adapter import is_prompt_adapter, load_adapter
 from ka2l.errors import ConfigError, ModelError
+from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer
 from ka2l.section import Section
 from ka2l.virtual_tokens import expand_cache, num_virtual_tokens, split_state
 
@@ -124,9 +125,6 @@ class HiddenStateExtractor:
         trust_remote_code: bool = False,
     ) -> None:
         import torch
-        from transformers import AutoTokenizer
-
-        from ka2l.models import split_source
 
         self.config = config
         self.num_forward_passes = 0
@@ -134,8 +132,7 @@ class HiddenStateExtractor:
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if config.device == "auto" else config.device)
         self.decoder, self._virtual = _load_decoder(model_path, dtype, adapter, trust_remote_code, self.device)
-        path, revision = split_source(model_path)
-        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, revision=revision)
+        self.tokenizer = load_tokenizer(ModelConfig(path=model_path, trust_remote_code=trust_remote_code))
         text_config = self.decoder.config.get_text_config(decoder=True)
         self._width: int = text_config.hidden_size
         longest = getattr(text_config, "max_position_embeddings", 1 << 30) - num_virtual_tokens(self._virtual)
@@ -377,8 +374,6 @@ def _load_decoder(
     model_path: str, dtype: str, adapter: str | None, trust_remote_code: bool, device: torch.device
 ) -> tuple[Any, DynamicCache | None]:
     """The model without its language-model head, with the adapter's layers in place or its virtual tokens beside it."""
-    from ka2l.models import load_causal_lm
-
     model = load_causal_lm(model_path, dtype, trust_remote_code)
     if adapter is None:
         return model.base_model, None

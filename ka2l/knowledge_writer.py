@@ -6,14 +6,13 @@ Four tasks (arXiv 2402.11176, Section 3): `Extract` atomic facts, `Rewrite` a qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ka2l.prompts import extract_messages, rephrase_messages, revise_messages, rewrite_messages
-from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_reply import TeacherRun, Usage
+from ka2l.teacher_client import Refused, TeacherClient
 from ka2l.teacher_request import TeacherPrompt
 
 
@@ -46,12 +45,6 @@ class Rephrase(NamedTuple):
 
 
 Task = Extract | Rewrite | Revise | Rephrase
-
-
-class Refused(NamedTuple):
-    """A task that came to nothing."""
-
-    reason: str
 
 
 class KnowledgeWriter(Protocol):
@@ -137,31 +130,10 @@ def task_result(task: Task, reply: Any) -> Any:
     raise TypeError(f"{reply!r} is no reply to {task!r}")
 
 
-class TeacherWriter:
-    """Asks a teacher, one prompt a task.
+class TeacherWriter(TeacherClient):
+    """Asks a teacher, one prompt a task."""
 
-    Args:
-        config: the teacher's; of several samples the first usable one counts.
-        ask: as for `ka2l.annotation_teacher.TeacherAnnotator`.
-        close: gives back what ``ask`` holds.
-
-    Attributes:
-        stopped: ``money`` once the cap was reached.
-        usage: tokens and money of the tasks of all calls, whenever they were paid for.
-    """
-
-    def __init__(
-        self,
-        config: TeacherConfig,
-        ask: Callable[[Mapping[str, TeacherPrompt]], TeacherRun],
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.config = config
-        self.ask = ask
-        self.close = close
-        self.batch_size = 64
-        self.stopped: str | None = None
-        self.usage = Usage()
+    batch_size = 64
 
     def write(self, tasks: Mapping[str, Task]) -> dict[str, Any]:
         """See `KnowledgeWriter`.
@@ -169,14 +141,8 @@ class TeacherWriter:
         Raises:
             KA2LError: as ``ask`` does; answers received until then are in its journal.
         """
-        run = self.ask({name: task_prompt(task) for name, task in tasks.items()})
-        self.stopped = self.stopped or run.stopped
-        self.usage = Usage(
-            self.usage.num_prompt_tokens + run.usage.num_prompt_tokens,
-            self.usage.num_completion_tokens + run.usage.num_completion_tokens,
-            self.usage.cost + run.usage.cost,
-        )
+        replies = self.replies({name: task_prompt(task) for name, task in tasks.items()})
         return {
-            name: task_result(tasks[name], result.usable[0]) if result.refusal is None else Refused(result.refusal)
-            for name, result in run.results.items()
+            name: reply if isinstance(reply, Refused) else task_result(tasks[name], reply)
+            for name, reply in replies.items()
         }

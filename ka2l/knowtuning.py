@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from ka2l.knowledge_writer import Extract, KnowledgeWriter, Refused, Rephrase, Revise, Rewrite, Task
+from ka2l.knowledge_writer import Extract, KnowledgeWriter, Rephrase, Revise, Rewrite, Task
 from ka2l.section import Section
 from ka2l.seeds import row_seed
+from ka2l.teacher_client import Refused
 
 Aspect = Literal["completeness", "factuality", "logicality"]
 

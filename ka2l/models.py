@@ -128,6 +128,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def encoder_max_length(tokenizer: Any, config: Any) -> int:
+    """Longest text, tokens, that an encoder such as BERT reads."""
+    # Some position tables keep two rows for padding (RoBERTa), hence the minus two.
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    return int(min(tokenizer.model_max_length, positions - 2))
+
+
 def load_causal_lm(
     source: str, dtype: str = "auto", trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:

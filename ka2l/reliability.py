@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ka2l.calibration import binned
 from ka2l.metrics import auroc, proportion_with_ci
 
 if TYPE_CHECKING:
@@ -43,20 +44,11 @@ def reliability(
     ranked = np.sort(stated)
     edges = np.unique(ranked[[len(ranked) * k // num_bins for k in range(1, num_bins)]])
     index = np.searchsorted(edges, stated, side="right")
-    bins: list[dict[str, Any]] = []
-    for number in np.unique(index).tolist():
-        members = index == number
-        share = proportion_with_ci(right[members])
-        bins.append(
-            {
-                "count": int(members.sum()),
-                "predicted": float(stated[members].mean()),
-                "observed": share.value,
-                "observed_ci": [share.low, share.high],
-            }
-        )
-    ece = sum(entry["count"] * abs(entry["predicted"] - entry["observed"]) for entry in bins) / len(stated)
-    return {"ece": float(ece), "brier": float(np.mean((stated - right) ** 2)), "bins": bins}
+    made = binned(stated, right, index)
+    for entry, number in zip(made["bins"], np.unique(index).tolist(), strict=True):
+        share = proportion_with_ci(right[index == number])
+        entry["observed_ci"] = [share.low, share.high]
+    return made
 
 
 def abstention(confidences: Sequence[float] | np.ndarray, correct: Sequence[bool] | np.ndarray) -> dict[str, Any]:

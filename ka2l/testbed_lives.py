@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ka2l.knowledge_writer import Extract, Refused, Rephrase, Revise, Rewrite, Task
+from ka2l.knowledge_writer import Extract, Rephrase, Revise, Rewrite, Task
 from ka2l.seeds import row_seed
+from ka2l.teacher_client import Refused
 from ka2l.testbed_world import Fact, People, World, exposure_by_share, invent_people, num_training_rows, person_groups
 
 if TYPE_CHECKING:

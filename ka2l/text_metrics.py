@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.errors import ConfigError, ModelError
+from ka2l.models import encoder_max_length
 
 if TYPE_CHECKING:
     import torch
@@ -138,9 +139,7 @@ def bert_score(
         raise ConfigError(
             f"the encoder {name} has layers 1 to {num_layers}, not {layer}", hint="Correct evaluation.encoder_layer."
         )
-    # Some position tables keep two rows for padding (RoBERTa), hence the minus two.
-    positions = getattr(model.config, "max_position_embeddings", None) or 512
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions - 2)
+    tokenizer.model_max_length = encoder_max_length(tokenizer, model.config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.sep_token
     weights: defaultdict[Any, float] = defaultdict(lambda: 1.0)

@@ -20,11 +20,11 @@ from ka2l.answer_facts import FactCounts, compare_facts, counts_by_testbed, coun
 from ka2l.answer_judge import AnswerJudge, Comparison, JudgedAnswer, JudgedPair
 from ka2l.errors import StaleStageError
 from ka2l.evaluation import Confidence, agreement, confidence_figures, text_figures, text_scores
-from ka2l.knowledge_writer import Refused
 from ka2l.knowtuning import ASPECTS, Aspect
 from ka2l.models import model_name
 from ka2l.records import EVALUATED
 from ka2l.seeds import row_seed
+from ka2l.teacher_client import Refused
 
 #: Answers that the judge is asked about together.
 _JUDGED_TOGETHER = 64

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from greedy_tokens import greedy_tokens
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
@@ -85,20 +86,6 @@ def sampler(model: Path, adapter: Path | None = None, **fields: Any) -> Transfor
     return TransformersSampler(str(model), config, dtype="float32", adapter=str(adapter) if adapter else None)
 
 
-def generated(model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
-    """Greedy tokens of ``generate``, one prompt at a time."""
-    rows = []
-    for ids in prompts:
-        out = model.generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids)),
-            do_sample=False,
-            max_new_tokens=MAX_TOKENS,
-        )
-        rows.append(out[0, len(ids) :].tolist())
-    return rows
-
-
 def sum_of_logprobs(model: Any, prompt: list[int], tokens: Sequence[int]) -> float:
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double()
@@ -110,7 +97,7 @@ def stop_case(model: Path) -> tuple[list[int], str, str]:
     """A prompt, a letter that its greedy answer has after the first two, and the answer up to there."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = prompts_of(model)
-    for prompt, tokens in zip(prompts, generated(load_causal_lm(str(model)), prompts), strict=True):
+    for prompt, tokens in zip(prompts, greedy_tokens(load_causal_lm(str(model)), prompts, MAX_TOKENS), strict=True):
         text = str(tokenizer.decode(tokens, skip_special_tokens=True))
         for letter in text[2:]:
             if letter.isascii() and letter.isprintable() and letter not in text[:2]:
@@ -169,7 +156,7 @@ def tokens_of(rows: Any) -> list[list[int]]:
 @every_architecture
 def test_vllm_answers_greedily_as_transformers_does(name: str, asked: Any, tiny_models: TinyModels) -> None:
     model = tiny_models(name)
-    expected = generated(load_causal_lm(str(model), "float32"), prompts_of(model))
+    expected = greedy_tokens(load_causal_lm(str(model), "float32"), prompts_of(model), MAX_TOKENS)
     assert tokens_of(asked(name)["base"]) == expected
 
 
@@ -181,7 +168,7 @@ def test_vllm_with_an_adapter_answers_as_peft_does_and_not_as_the_base(
     model = tiny_models(name)
     adapted = load_adapter(load_causal_lm(str(model), "float32"), str(adapters(name))).eval()
     found = tokens_of(asked(name)["adapted"])
-    assert found == generated(adapted, prompts_of(model))
+    assert found == greedy_tokens(adapted, prompts_of(model), MAX_TOKENS)
     assert found != tokens_of(asked(name)["base"])
 
 
@@ -242,10 +229,10 @@ def test_batched_greedy_answers_are_those_of_generate(
     prompts = prompts_of(path)
     base = load_causal_lm(str(path), "float32")
     found = sampler(path).generate(greedy(prompts))
-    assert [list(made.token_ids) for (made,) in found] == generated(base, prompts)
+    assert [list(made.token_ids) for (made,) in found] == greedy_tokens(base, prompts, MAX_TOKENS)
     adapted = sampler(path, adapters(name)).generate(greedy(prompts))
-    assert [list(made.token_ids) for (made,) in adapted] == generated(
-        load_adapter(base, str(adapters(name))).eval(), prompts
+    assert [list(made.token_ids) for (made,) in adapted] == greedy_tokens(
+        load_adapter(base, str(adapters(name))).eval(), prompts, MAX_TOKENS
     )
     assert adapted != found
 
@@ -304,7 +291,7 @@ def test_longrope_models_take_no_prompt_on_which_engines_would_disagree(tiny_mod
 def test_an_answer_ends_at_the_end_tokens_of_model_and_tokenizer(tiny_models: TinyModels, tmp_path: Path) -> None:
     path = tiny_models("llama-2")
     prompt = prompts_of(path)[0]
-    tokens = generated(load_causal_lm(str(path)), [prompt])[0]
+    tokens = greedy_tokens(load_causal_lm(str(path)), [prompt], MAX_TOKENS)[0]
     assert len(set(tokens[:4])) == 4
     changed = Path(shutil.copytree(path, tmp_path / "model"))
     file = changed / "generation_config.json"

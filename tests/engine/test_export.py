@@ -15,9 +15,9 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-import torch
 import yaml
 from datasets import load_dataset
+from greedy_tokens import greedy_tokens
 
 from engine import cli
 from engine.artifacts import RunDirectory, shard_name, write_shard
@@ -91,19 +91,6 @@ def annotated(run: RunDirectory) -> dict[str, dict[str, Any]]:
     return {row["question_id"]: row | {"round": index} for index, rows in enumerate(tables) for row in rows}
 
 
-def greedy(model: Any, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
-    rows = []
-    for ids in prompts:
-        out = model.generate(
-            input_ids=torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids)),
-            do_sample=False,
-            max_new_tokens=max_tokens,
-        )
-        rows.append(out[0, len(ids) :].tolist())
-    return rows
-
-
 def answers_of_the_run(exported: Exported) -> tuple[list[str], list[str]]:
     """Prompts of some eval questions, and what the last observation has the tuned model answer."""
     drawn = exported.run.stage("observe", 2).table(["question_id", "answer"], pc.field("purpose") == "eval")
@@ -117,7 +104,7 @@ def texts(model: Any, folder: Path, prompts: list[str], max_tokens: int) -> list
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made = greedy(model, [tokenizer(prompt)["input_ids"] for prompt in prompts], max_tokens)
+    made = greedy_tokens(model, [tokenizer(prompt)["input_ids"] for prompt in prompts], max_tokens)
     return [tokenizer.decode(tokens, skip_special_tokens=True).partition("\n")[0].strip() for tokens in made]
 
 
@@ -140,7 +127,7 @@ def test_the_adapter_loads_in_plain_peft_and_answers_as_in_the_run(exported: Exp
     assert texts(model, exported.model, prompts, 4) == expected
     canary = exported.canary()
     longest = max(map(len, canary["peft_tokens"]))
-    assert greedy(model, canary["prompt_token_ids"], longest) == canary["peft_tokens"]
+    assert greedy_tokens(model, canary["prompt_token_ids"], longest) == canary["peft_tokens"]
 
 
 def test_the_merged_model_loads_in_plain_transformers_and_answers_as_in_the_run(exported: Exported) -> None:

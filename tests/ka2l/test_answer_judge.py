@@ -8,7 +8,7 @@ from typing import Any
 
 from ka2l.answer_facts import FactCounts
 from ka2l.answer_judge import AnswerJudge, JudgedAnswer, JudgedPair, MatchedFacts, Preferences, StatedFacts
-from ka2l.knowledge_writer import Refused
+from ka2l.teacher_client import Refused
 from ka2l.teacher_config import TeacherConfig
 from ka2l.teacher_reply import SampleResult, TeacherResult, TeacherRun, Usage
 from ka2l.teacher_request import TeacherPrompt
