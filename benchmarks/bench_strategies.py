@@ -1,0 +1,149 @@
+"""Which query strategy learns most from an annotation? All of them, at the same budgets, with the same tuner.
+
+Every seed of every world has a testbed of its own: a model taught three quarters of its facts, well or a little. Each
+strategy ranks the same candidates by what the base model shows, once for each budget; references of the chosen are
+tuned on, with the model's own answers to the rest, and unseen paraphrases of all candidates' facts are graded. Arms
+beside the strategies: ``random_alone`` (random, without rehearsal) and ``all`` (every candidate annotated). Compared is
+the area under the learning curve, from no annotation to half of the candidates, paired over seeds (t-test).
+
+Worlds: invented people; EntityQuestions; PopQA, where page views say how well a fact is known. The latter two need the
+question files in ``--data``. A seed that stands in the newest result already is not run again. About 25 minutes a seed
+and world on two cores.
+
+    python benchmarks/bench_strategies.py --worlds people entity_questions popqa --seeds 0 1 2 3 4
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from arms import seeded_parser
+from lab import Lab
+from machine import latest_result, write_result
+from scipy.stats import ttest_rel
+from worlds import WORLDS, add_data_option, open_lab
+
+from ka2l.evidence import combine
+from ka2l.metrics import auroc, proportion_with_ci
+from ka2l.perplexity import PerplexityScorer, fact_tokens
+from ka2l.seeds import row_seed
+from ka2l.selection import STRATEGIES, Candidates, SelectionConfig, select
+
+#: Shares of the candidates that are annotated.
+BUDGETS = (0.125, 0.25, 0.5)
+#: What is compared with all others.
+DEFAULT = "probe"
+
+
+def candidates_of(lab: Lab) -> Candidates:
+    """All that any strategy looks at."""
+    ids = lab.ids("candidate")
+    states = lab.states(ids)[:, lab.probe.layers.index(lab.probe.layer)]
+    logits = lab.probe.predict_logit(states)
+    doubts = lab.uncertainty(ids)
+    scorer = PerplexityScorer(str(lab.testbed.model), dtype="float32")
+    texts = [fact_tokens(lab.prompter.tokenizer, lab.rows[name]["question"]) for name in ids]
+    return Candidates(
+        question_ids=ids,
+        score=combine(logits),
+        p_unknown=1 / (1 + np.exp(-logits)),
+        entropy=doubts["semantic_entropy"],
+        states=states,
+        predictive_entropy=doubts["predictive_entropy"],
+        perplexity=np.log(scorer.perplexities(texts)),
+    )
+
+
+def curves(lab: Lab) -> dict[str, Any]:
+    """Accuracy of each arm at each budget, and what the candidates' scores are worth."""
+    candidates = candidates_of(lab)
+    ids = candidates.question_ids
+    own = lab.own_answers()
+    seed = row_seed(lab.seed, 0, "select", "")
+    base = lab.correct(lab.ids("eval"))
+    found: dict[str, list[dict[str, Any]]] = {}
+    for kind in sorted(STRATEGIES):
+        for share in BUDGETS:
+            budget = round(share * len(ids))
+            chosen = select(candidates, SelectionConfig(kind=kind, budget=budget), seed)
+            names = [ids[row] for row in chosen.indices]
+            point = {"num_annotated": budget, "num_wrong": int((~lab.correct(names)).sum())}
+            found.setdefault(kind, []).append(point | graded(lab, names, own))
+            if kind == "random":
+                found.setdefault("random_alone", []).append(point | graded(lab, names, {}))
+            print(lab.folder.name, kind, budget, found[kind][-1]["accuracy"], flush=True)
+    wrong = ~lab.correct(ids)
+    return {
+        "num_candidates": len(ids),
+        "base": {"accuracy": base.mean(), "num_eval": len(base)},
+        "all": graded(lab, ids, own),
+        "unknown_share": wrong.mean(),
+        "auroc_wrong": {"probe": auroc(wrong, candidates.score), "semantic_entropy": auroc(wrong, candidates.entropy)},
+        "curves": found,
+    }
+
+
+def graded(lab: Lab, names: list[str], own: dict[str, list[str]]) -> dict[str, Any]:
+    """Accuracy after tuning on these annotations, and the share of what the base model had right that is still right."""
+    correct, _ = lab.tuned(names, own)
+    base = lab.correct(lab.ids("eval"))
+    share = proportion_with_ci(correct)
+    return {"accuracy": share.value, "ci": [share.low, share.high], "kept": correct[base].mean()}
+
+
+def area(run: dict[str, Any], arm: str) -> float:
+    """Mean accuracy over the budgets from 0 to the largest, by trapezoids: area over width."""
+    shares = [0.0, *BUDGETS]
+    heights = [run["base"]["accuracy"], *(point["accuracy"] for point in run["curves"][arm])]
+    return float(np.trapezoid(heights, shares) / shares[-1])
+
+
+def compare(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Areas of every arm over the seeds of one world, and the default's paired differences."""
+    arms = sorted(set.intersection(*(set(run["curves"]) for run in runs.values())))
+    areas = {arm: np.array([area(run, arm) for run in runs.values()]) for arm in arms}
+    table: dict[str, Any] = {}
+    for arm in arms:
+        difference = areas[DEFAULT] - areas[arm]
+        p_value = None
+        if arm != DEFAULT and len(runs) > 1 and difference.any():
+            p_value = float(ttest_rel(areas[DEFAULT], areas[arm]).pvalue)
+        table[arm] = {"area": areas[arm].mean(), "by_seed": areas[arm], "ahead": difference.mean(), "p": p_value}
+    half = [(run["curves"][DEFAULT][-1], run["all"]) for run in runs.values()]
+    return {
+        "areas": table,
+        "half_budget": {
+            "default": np.mean([point["accuracy"] for point, _ in half]),
+            "all": np.mean([everything["accuracy"] for _, everything in half]),
+            "seeds_within_ci_of_all": sum(point["accuracy"] >= full["ci"][0] for point, full in half),
+            "unknown_share": np.mean([run["unknown_share"] for run in runs.values()]),
+        },
+    }
+
+
+def main() -> None:
+    """Parse arguments, run, write the result after every seed."""
+    parser = seeded_parser(__doc__, "strategies")
+    parser.set_defaults(seeds=[0, 1, 2, 3, 4])
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["people"])
+    add_data_option(parser)
+    arguments = parser.parse_args()
+    settings = {"budgets": BUDGETS, "arms": [*sorted(STRATEGIES), "random_alone"]}
+    before = latest_result("strategies") or {}
+    same = json.loads(json.dumps(settings)) == before.get("settings")
+    by_world: dict[str, dict[str, Any]] = before["by_world"] if same else {}
+    for seed in arguments.seeds:
+        for world in arguments.worlds:
+            runs = by_world.setdefault(world, {})
+            if str(seed) in runs:
+                continue
+            runs[str(seed)] = curves(open_lab(world, seed, arguments.work, arguments.data))
+            comparison = {name: compare(made) for name, made in by_world.items() if made}
+            result = {"settings": settings, "by_world": by_world, "comparison": comparison}
+            print(f"written: {write_result('strategies', result, arguments.out)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The worlds that benchmarks on a lab share: invented people, and real facts with and without measured popularity."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lab import Lab
+
+#: A sixth of the people partly known, a quarter strangers: less than 45 % of the candidates is unknown to the model.
+_SHARES = ("testbed.stranger_share=0.25", "testbed.partly_share=0.15")
+#: Six hundred candidates and four hundred seed questions, of invented people or of that share of a file's subjects.
+_SIZES = ("testbed.num_people=120", "testbed.num_seed_people=80", "testbed.outside_share=0")
+_NUM_FACTS = 1000
+
+
+class World(NamedTuple):
+    """What a testbed's model is taught."""
+
+    title: str
+    files: tuple[str, ...] = ()
+    """Of real questions, in the folder ``--data``; as many of each."""
+    exposure: str | None = None
+    """Column that says how well known a fact is; a seeded hash of the subject where None."""
+    num_facts: int = _NUM_FACTS
+
+
+WORLDS = {
+    "people": World("invented people"),
+    "entity_questions": World("EntityQuestions", ("entityquestions_train.jsonl",)),
+    "popqa": World("PopQA, by page views", ("popqa.jsonl",), "s_pop"),
+    "mixed": World(
+        "four question sets",
+        ("entityquestions_train.jsonl", "popqa.jsonl", "nq_open_dev.jsonl", "medmcqa_validation.jsonl"),
+        num_facts=2400,
+    ),
+}
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """``--data``: the folder of question files."""
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data"), help="folder of the worlds' JSONL files of questions"
+    )
+
+
+def open_lab(
+    world: str,
+    seed: int,
+    work: Path,
+    data: Path,
+    *,
+    num_samples: int = 10,
+    splits: Sequence[str] = ("seed", "candidate"),
+    settings: Sequence[str] = (),
+) -> Lab:
+    """The lab of a world: its model is trained the first time.
+
+    Raises:
+        FileNotFoundError: a file of the world is not in ``data``.
+    """
+    chosen = WORLDS[world]
+    given = [*_SIZES, *_SHARES]
+    if chosen.files:
+        facts = _drawn(chosen, data, seed, work / f"{world}-{seed}.jsonl")
+        given += [f"testbed.facts={facts.resolve()}"]
+        given += [f"testbed.exposure={chosen.exposure}"] if chosen.exposure else []
+    return Lab(work / f"{world}-{seed}", [*given, *settings], seed, num_samples, splits)
+
+
+def _drawn(world: World, data: Path, seed: int, target: Path) -> Path:
+    """As many questions of each file, each with the name of its file as ``source``."""
+    if not target.exists():
+        rows = []
+        for name in world.files:
+            lines = (data / name).read_text(encoding="utf-8").splitlines()
+            for line in random.Random(seed).sample(lines, world.num_facts // len(world.files)):
+                rows.append({**json.loads(line), "source": name.partition(".")[0]})
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return target
