@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from textwrap import fill
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ STYLE = {
     "grid.color": "#DDDDDD",
     "axes.axisbelow": True,
     "figure.facecolor": "white",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.08,
 }
 
 
@@ -81,17 +84,19 @@ def bars(title: str, y_label: str, values: Mapping[str, Sequence[float | None]],
     """
     with mpl.rc_context(STYLE):
         figure, axes = _axes(title, 7.2, 1.1 + 0.36 * len(values))
-        for index, (name, found) in enumerate(values.items()):
-            value, *interval = found
-            axes.barh(name, value, color=COLOURS[0], height=0.62)
+        for index, (value, *interval) in enumerate(values.values()):
+            axes.barh(index, value, color=COLOURS[0], height=0.62)
             end = value
             if len(interval) == 2 and None not in interval:
                 low, high = interval
                 axes.errorbar(value, index, xerr=[[value - low], [high - value]], color="#333333", capsize=3)
                 end = max(value, high) if value >= 0 else min(value, low)
-            axes.annotate(f"{value:.3g}", (end, index), xytext=(5 if value >= 0 else -5, 0),
+            axes.annotate(_number(value), (end, index), xytext=(5 if value >= 0 else -5, 0),
                           textcoords="offset points", va="center", ha="left" if value >= 0 else "right")  # fmt: skip
+        axes.set_yticks(range(len(values)), [fill(name, 38) for name in values])
         axes.invert_yaxis()
+        if not log:
+            axes.axvline(0, color="#333333", linewidth=0.8)
         axes.set_xlabel(y_label)
         axes.grid(visible=False, axis="y")
         if log:
@@ -105,9 +110,13 @@ def _axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure, inches; no pyplot, so nothing is kept between charts."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", fontsize=11)
-    return figure, axes
+    figure.suptitle(fill(title, 90), x=0.01, ha="left", fontsize=11)
+    return figure, figure.add_subplot()
+
+
+def _number(value: float) -> str:
+    """Three digits or so, without an exponent."""
+    return f"{value:,.{3 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
 def _svg(figure: Figure) -> str:
