@@ -14,6 +14,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,19 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 #: Modules of ``sections/``, in the order of a reader's interest.
 SECTIONS = [
     "campaign",
+    "axes",
+    "decoder",
+    "knowtuning",
+    "real_facts",
+    "quickstart",
+    "estimate",
+    "estimate_real_facts",
+    "overhead",
+    "schedule",
+    "nine",
+    "chaos",
+    "pool_scale",
+    "medquad_sets",
 ]
 
 INTRODUCTION = """# Benchmarks
@@ -72,9 +86,11 @@ def page(results: Path = RESULTS) -> tuple[str, dict[str, str]]:
         named = {f"{question}-{name}.svg": svg for name, svg in found.charts.items()}
         pictures = [f"![{module.TITLE}: {Path(name).stem}](benchmarks/{name})" for name in named]
         made = f"<sub>{made_by(result)} · [result file]({_link(file)})</sub>"
-        parts.append("\n\n".join([f"## {module.TITLE}", found.text.strip(), *pictures, made]))
+        parts.append("\n\n".join([f"## {module.TITLE}", wrapped(found.text), *pictures, made]))
         charts |= named
-        losses += [f"- {sentence} ([{module.TITLE}](#{anchor(module.TITLE)}))" for sentence in found.losses]
+        if found.losses:
+            sentences = "\n".join(f"  - {sentence}" for sentence in found.losses)
+            losses.append(f"- [{module.TITLE}](#{anchor(module.TITLE)})\n{sentences}")
     contents = "\n".join(f"- [{title}](#{anchor(title)})" for title in [*titles, LOSSES])
     ending = f"## {LOSSES}\n\n" + ("\n".join(losses) or "No result says so.")
     return "\n\n".join([INTRODUCTION, contents, *parts, ending]) + "\n", charts
@@ -96,6 +112,19 @@ def made_by(result: Mapping[str, Any]) -> str:
             f"revision {revision[:8]}{'+' * revision.endswith('+')}" if revision else "revision not recorded",
         ]
     )
+
+
+def wrapped(text: str) -> str:
+    """Paragraphs filled to 120 columns, as if nobody had put figures into them; tables, lists and code stay."""
+    if "```" in text:
+        return text.strip()
+    blocks = [
+        textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
+        if re.match(r"[\w`\[(*]", block) and not re.match(r"(\d+\.|\*) ", block)
+        else block
+        for block in text.strip().split("\n\n")
+    ]
+    return "\n\n".join(blocks)
 
 
 def anchor(title: str) -> str:

@@ -28,3 +28,14 @@ def mean(values: Iterable[float]) -> float:
     """The mean of at least one number."""
     numbers = list(values)
     return sum(numbers) / len(numbers)
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share of 0 to 1 in percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def spread(values: Iterable[float], digits: int = 3) -> str:
+    """Smallest to largest of at least one number."""
+    numbers = [figure(value, digits) for value in sorted(values)]
+    return numbers[0] if numbers[0] == numbers[-1] else f"{numbers[0]} to {numbers[-1]}"
