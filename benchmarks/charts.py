@@ -89,7 +89,8 @@ def bars(title: str, y_label: str, values: Mapping[str, Sequence[float | None]],
             end = value
             if len(interval) == 2 and None not in interval:
                 low, high = interval
-                axes.errorbar(value, index, xerr=[[value - low], [high - value]], color="#333333", capsize=3)
+                # No errorbar: it refuses an interval that its value lies outside of.
+                axes.plot((low, high), (index, index), color="#333333", marker="|", markersize=7)
                 end = max(value, high) if value >= 0 else min(value, low)
             axes.annotate(_number(value), (end, index), xytext=(5 if value >= 0 else -5, 0),
                           textcoords="offset points", va="center", ha="left" if value >= 0 else "right")  # fmt: skip
@@ -102,7 +103,7 @@ def bars(title: str, y_label: str, values: Mapping[str, Sequence[float | None]],
         if log:
             axes.set_xscale("log")
         else:
-            axes.margins(x=0.14)
+            axes.margins(x=0.2 if any(value < 0 for value, *_ in values.values()) else 0.14)  # room for figures
         return _svg(figure)
 
 

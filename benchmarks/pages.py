@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import re
 import sys
 import textwrap
@@ -85,7 +84,8 @@ def page(results: Path = RESULTS) -> tuple[str, dict[str, str]]:
         found = module.section(result)
         named = {f"{question}-{name}.svg": svg for name, svg in found.charts.items()}
         pictures = [f"![{module.TITLE}: {Path(name).stem}](benchmarks/{name})" for name in named]
-        made = f"<sub>{made_by(result)} · [result file]({_link(file)})</sub>"
+        link = f"../benchmarks/results/{question}/{file.name}"
+        made = f"<sub>{made_by(result)} · [result file]({link})</sub>"
         parts.append("\n\n".join([f"## {module.TITLE}", wrapped(found.text), *pictures, made]))
         charts |= named
         if found.losses:
@@ -130,11 +130,6 @@ def wrapped(text: str) -> str:
 def anchor(title: str) -> str:
     """What GitHub calls a heading in links."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-
-
-def _link(file: Path) -> str:
-    """A result file as seen from docs/; by its name alone where it lies outside the repository."""
-    return Path(os.path.relpath(file, DOCS)).as_posix() if file.is_relative_to(RESULTS) else file.name
 
 
 def differences(docs: Path, markdown: str, charts: Mapping[str, str]) -> list[str]:

@@ -36,8 +36,11 @@ generated ones took {result["seconds"]:.0f} s."""
         )
     fewest = min(pairs, key=pairs.__getitem__)
     if pairs[fewest] < taken / 2:
+        lengths = sum(
+            n for why, n in result["pairs_refused"].items() if why.startswith(fewest) and "revised facts for" in why
+        )
         losses.append(
             f"A poor teacher gives {fewest} pairs of only {percent(pairs[fewest] / taken)} of the answers that were "
-            "taken apart: most of its lists have a wrong length."
+            f"taken apart: {lengths} of the {lost[fewest]} others have a list of the wrong length."
         )
     return Section(text, {}, losses)
