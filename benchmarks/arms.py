@@ -29,7 +29,7 @@ def seeded_parser(doc: str | None, name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--work", type=Path, default=Path(f"runs/bench_{name}"), help="where the runs go; kept")
-    parser.add_argument("--out", help=f"result file; benchmarks/results/{name}.json where not given")
+    parser.add_argument("--out", help=f"result file; in benchmarks/results/{name} where not given")
     return parser
 
 

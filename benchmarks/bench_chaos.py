@@ -376,7 +376,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10**6, help="at most so many runs")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial; the others count up from it")
     parser.add_argument("--keep", help="folder that keeps all runs and logs")
-    parser.add_argument("--out", help="file for the result; default: results/chaos.json")
+    parser.add_argument("--out", help="result file; in benchmarks/results/chaos where not given")
     arguments = parser.parse_args()
     folder = Path(arguments.keep or tempfile.mkdtemp(prefix="ka2l-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ annotations, seconds and money, and whether the measured figure lies in the pred
 
     python benchmarks/bench_estimate.py quickstart
     python benchmarks/bench_estimate.py quickstart --estimate estimate.json --run runs/quickstart   # both are there
-    python benchmarks/bench_estimate.py quickstart --set testbed.facts=facts.jsonl --out estimate_real_facts.json
+    python benchmarks/bench_estimate.py quickstart --question estimate_real_facts --set testbed.facts=facts.jsonl
 
 A run that was cut off is gone on with. The quickstart takes two minutes to estimate and five to run on two free cores;
 estimate and run must have the machine alike, or the seconds say nothing.
@@ -94,7 +94,8 @@ def main() -> None:
     parser.add_argument("--estimate", type=Path, help="what `ka2l estimate --json` wrote; made where not given")
     parser.add_argument("--run", type=Path, help="run directory; runs/bench_estimate where not given")
     parser.add_argument("--note", help="what else the machine did, for the result file")
-    parser.add_argument("--out", help="result file; benchmarks/results/estimate.json where not given")
+    parser.add_argument("--question", default="estimate", help="folder of benchmarks/results (default: %(default)s)")
+    parser.add_argument("--out", help="result file; in benchmarks/results/QUESTION where not given")
     arguments = parser.parse_args()
     options = set_options(arguments.overrides)
     run_dir = arguments.run or Path("runs/bench_estimate")
@@ -113,7 +114,7 @@ def main() -> None:
         "note": arguments.note,
         "load_average_at_the_end": os.getloadavg(),
     } | comparison(json.loads(estimate.read_text()), run_dir)
-    path = write_result("estimate", result, arguments.out)
+    path = write_result(arguments.question, result, arguments.out)
     for row in [*result["stages"], result["total"]]:
         seconds = row.get("seconds", {})
         print(row.get("round", ""), row.get("stage", "all"), seconds.get("predicted"), seconds.get("measured"),

@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("medquad", type=Path, help="medquad.jsonl: {id, question, answers}")
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--out", help="result file; benchmarks/results/medquad_sets.json where not given")
+    parser.add_argument("--out", help="result file; in benchmarks/results/medquad_sets where not given")
     arguments = parser.parse_args()
     with arguments.medquad.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for _, line in zip(range(arguments.rows), lines, strict=False)]

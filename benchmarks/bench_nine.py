@@ -221,7 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/bench_nine"), help="where the runs go; kept")
     parser.add_argument("--only", nargs="+", help="architectures; all nine where not given")
-    parser.add_argument("--out", help="result file; benchmarks/results/nine.json where not given")
+    parser.add_argument("--out", help="result file; in benchmarks/results/nine where not given")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from machine import write_result
+
 EXPLANATION = """What does the engine cost on top of bare vLLM and of a bare forward loop, and what does it save?
 
 Three processes do the same work, one after another, --repeats times in alternating order:
@@ -84,27 +86,6 @@ def write_pool(source: Path, target: Path, num_questions: int) -> None:
     target.write_text("".join(json.dumps(row) + "\n" for row in chosen))
 
 
-def machine() -> dict[str, Any]:
-    """What ran this, for the record."""
-    import platform
-    from datetime import UTC, datetime
-
-    from engine.artifacts import git_revision, versions
-
-    info = Path("/proc/cpuinfo")
-    models = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "processor": models[0].partition(":")[2].strip() if models else platform.processor(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "platform": platform.platform(),
-        "load_before": os.getloadavg()[0],
-        "versions": versions(),
-        "git_revision": git_revision(),
-    }
-
-
 def summarise(runs: Sequence[dict[str, Any]], limit: float) -> dict[str, Any]:
     """Medians over the runs, and the ratios they give."""
     median = {
@@ -156,7 +137,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of every process (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="threads of every process (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=1.15, help="largest 'engine / bare' (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / "overhead.json", help="result file")
+    parser.add_argument("--out", help="result file; in benchmarks/results/overhead where not given")
     options = parser.parse_args()
 
     from engine.cli import cache_dir
@@ -166,7 +147,7 @@ def main() -> None:
     print("looking for the testbed, building it where it is not in the cache (minutes)", file=sys.stderr, flush=True)
     testbed = cached_testbed(load_config("quickstart", ["testbed.outside_share=0"]).testbed, cache_dir() / "testbeds")
     runs: list[dict[str, Any]] = []
-    described = machine()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:
         folder = Path(name)
         write_pool(testbed.pool, folder / "pool.jsonl", options.num_questions)
@@ -188,12 +169,11 @@ def main() -> None:
                 sys.exit(f"engine and bare vLLM did not do the same work: {sorted(counts)} tokens")
             runs.append(run)
     settings = {key: spec[key] for key in ("num_questions", "num_samples", "max_tokens", "threads")}
-    result = {"benchmark": HERE.stem, "machine": described, "settings": settings | {"repeats": options.repeats}}
+    result = {"load_average_before": load, "settings": settings | {"repeats": options.repeats}}
     result |= summarise(runs, options.limit) | {"runs": runs}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    path = write_result("overhead", result, options.out)
     print_table(result, options.num_questions)
-    print(f"written: {options.out}")
+    print(f"written: {path}")
     sys.exit(0 if all(result["within_limit"].values()) else 1)
 
 

@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--scratch", default=None, help="folder for pools and runs; some GB for 10^7")
     parser.add_argument("--profile", default=None, help="stage to profile (cProfile) in the driver")
     parser.add_argument("--profile-out", default="pool_scale.prof", help="where the profile goes")
-    parser.add_argument("--out", default=None, help="result file")
+    parser.add_argument("--out", help="result file; in benchmarks/results/pool_scale where not given")
     options = parser.parse_args()
     sizes = []
     measure(options.sizes[0], options)

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--num-facts", type=int, help="draw so many of the facts; all where not given")
     parser.add_argument("--budget", type=int, default=250, help="annotations a round")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_real_facts"), help="where the runs go; kept")
-    parser.add_argument("--out", help="result file; benchmarks/results/real_facts.json where not given")
+    parser.add_argument("--out", help="result file; in benchmarks/results/real_facts where not given")
     arguments = parser.parse_args()
     facts = drawn(arguments.facts, arguments.num_facts, arguments.work)
     result = {

@@ -172,7 +172,7 @@ def main() -> None:
     """Simulate, compare, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slice", type=float, default=3600.0, help="engine-seconds after which a stage asks again")
-    parser.add_argument("--out", help="result file; benchmarks/results/schedule.json where not given")
+    parser.add_argument("--out", help="result file; in benchmarks/results/schedule where not given")
     arguments = parser.parse_args()
     whole = {f"{m}|{d}|{seed}": list(stages(m, size)) for m in MODELS for d, size in DATA.items() for seed in SEEDS}
     cells = {
