@@ -73,13 +73,14 @@ def open_lab(
 
 
 def _drawn(world: World, data: Path, seed: int, target: Path) -> Path:
-    """As many questions of each file, each with the name of its file as ``source``."""
+    """As many questions of each file, each with the name of its file as ``relation``."""
     if not target.exists():
         rows = []
         for name in world.files:
             lines = (data / name).read_text(encoding="utf-8").splitlines()
             for line in random.Random(seed).sample(lines, world.num_facts // len(world.files)):
-                rows.append({**json.loads(line), "source": name.partition(".")[0]})
+                # The file stands in for the relation: it is what leave-one-out leaves out.
+                rows.append({**json.loads(line), "relation": name.partition(".")[0]})
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return target

@@ -1,0 +1,219 @@
+"""What tells best that a model does not know? Scores of uncertainty side by side, all on the same questions.
+
+Targets, both of eval questions, on which nothing is fitted: ``wrong``, the greedy answer is wrong; ``unknown``, the
+semantic entropy of ten further answers is above the threshold fitted on seed questions. Scores: log-likelihood of the
+greedy answer, predictive entropy, P(True), semantic entropy (discrete and weighted by likelihood) of ten answers; and,
+from one forward pass, a logistic probe on the entropy label (SEP), a logistic probe on whether the seed questions'
+answers are right (which needs their references), and KA2L's probe. Then: the probe by layer, two principal components
+of the states, the number of answers sampled, the number of seed questions, and probes that have not seen the question
+set that they are asked about.
+
+Worlds: ``people``, invented people, and ``mixed``, four question sets at once, from ``--data``. About 10 minutes a seed
+and world on two cores, most of it for training the testbeds' models.
+
+    python benchmarks/bench_uncertainty.py --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from arms import seeded_parser
+from lab import Lab
+from machine import write_result
+from worlds import add_data_option, open_lab
+
+from ka2l.labels import split_seed_questions
+from ka2l.metrics import auroc, auroc_with_ci
+from ka2l.p_true import p_true, p_true_prompt
+from ka2l.perplexity import PerplexityScorer
+from ka2l.probe import Probe, fit_probe
+from ka2l.seeds import row_seed
+
+WORLDS = ("people", "mixed")
+#: Answers drawn a question: the first half scores, the second half labels.
+NUM_DRAWN = 20
+NUM_SAMPLES = 10
+NUM_SAMPLES_TRIED = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
+NUM_SEEDS_TRIED = (50, 100, 200, 400, 800)
+#: Points of each kind in the picture of principal components.
+NUM_POINTS = 150
+
+
+def fit(lab: Lab, names: Sequence[str], labels: np.ndarray, kind: str, layers: Sequence[int] | None = None) -> Probe:
+    """A probe of some kind on seed questions with these labels."""
+    groups = [lab.rows[name].get("group") for name in names]
+    states = lab.states(names)
+    chosen = list(range(states.shape[1]) if layers is None else layers)
+    return fit_probe(
+        states[:, chosen],
+        labels,
+        split_seed_questions(names, groups, lab.config.labels, lab.seed),
+        chosen,
+        lab.config.probe.model_copy(update={"kind": kind}),
+        row_seed(lab.seed, 0, "probe", kind),
+    )
+
+
+def score(lab: Lab, probe: Probe, names: Sequence[str]) -> np.ndarray:
+    """The probe's log-odds of unknown, shape (n,)."""
+    return probe.predict_logit(lab.states(names)[:, probe.layer])
+
+
+def unknown_later(lab: Lab, names: Sequence[str], threshold: float) -> np.ndarray:
+    """Whether the entropy of the second half of the answers is above the threshold, shape (n,)."""
+    from ka2l.equivalence import LexicalEquivalence, cluster_answers
+    from ka2l.semantic_entropy import discrete_semantic_entropy
+
+    answers = [lab.observed[name].answers[NUM_SAMPLES:] for name in names]
+    ids = cluster_answers([lab.rows[name]["question"] for name in names], answers, LexicalEquivalence()).ids
+    return np.array([discrete_semantic_entropy(found) for found in ids]) >= threshold
+
+
+def doubt_by_p_true(lab: Lab, names: Sequence[str]) -> np.ndarray:
+    """Minus P(True) of the greedy answers; examples are seed questions."""
+    seeds = lab.ids("seed")[:4]
+    examples = [
+        (lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_SAMPLES], seen.correct)
+        for name in seeds
+        for seen in [lab.observed[name]]
+    ]
+    prompts = [
+        p_true_prompt(lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_SAMPLES], examples)
+        for name in names
+        for seen in [lab.observed[name]]
+    ]
+    return -p_true(PerplexityScorer(str(lab.testbed.model), dtype="float32"), prompts)
+
+
+def figures(lab: Lab) -> dict[str, Any]:
+    """All AUROCs of one lab."""
+    seeds, names = lab.ids("seed"), lab.ids("eval")
+    labels = lab.labels(NUM_SAMPLES)
+    targets = {"wrong": ~lab.correct(names), "unknown": unknown_later(lab, names, labels.threshold)}
+    ours = fit(lab, seeds, labels.unknown, "mlp")
+    scores = lab.uncertainty(names, NUM_SAMPLES) | {
+        "p_true": doubt_by_p_true(lab, names),
+        "sep": score(lab, fit(lab, seeds, labels.unknown, "linear"), names),
+        "accuracy_probe": score(lab, fit(lab, seeds, ~lab.correct(seeds), "linear"), names),
+        "probe": score(lab, ours, names),
+    }
+    return {
+        "num_eval": len(names),
+        "num_seed": len(seeds),
+        "share": {target: truth.mean() for target, truth in targets.items()},
+        "auroc": {
+            target: {name: list(auroc_with_ci(truth, values, lab.seed)) for name, values in scores.items()}
+            for target, truth in targets.items()
+        },
+        "probe_minus_semantic_entropy": {
+            target: difference(truth, scores["probe"], scores["semantic_entropy"], lab.seed)
+            for target, truth in targets.items()
+        },
+        "by_layer": by_layer(lab, ours, targets["wrong"]),
+        "components": components(lab, ours, names, targets["unknown"]),
+        "by_num_samples": by_num_samples(lab, targets["wrong"]),
+        "by_num_seed": by_num_seed(lab, labels.unknown, targets["wrong"]),
+    }
+
+
+def difference(truth: np.ndarray, one: np.ndarray, other: np.ndarray, seed: int) -> list[float]:
+    """AUROC of one score less that of another, with the interval of a paired bootstrap over questions."""
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(len(truth), size=len(truth)) for _ in range(500))
+    differences = [auroc(truth[rows], one[rows]) - auroc(truth[rows], other[rows]) for rows in drawn]
+    low, high = np.nanpercentile(differences, [2.5, 97.5])
+    return [auroc(truth, one) - auroc(truth, other), float(low), float(high)]
+
+
+def by_layer(lab: Lab, probe: Probe, wrong: np.ndarray) -> list[dict[str, Any]]:
+    """The probe of each layer: AUROC for unknown on its own test split, and for wrong answers on eval questions."""
+    seeds, names = lab.ids("seed"), lab.ids("eval")
+    rows = []
+    for row in probe.metrics["by_layer"]:
+        alone = fit(lab, seeds, lab.labels(NUM_SAMPLES).unknown, "mlp", [row["layer"]])
+        wrong_here = auroc_with_ci(wrong, score(lab, alone, names), lab.seed)
+        unknown = [row["test_auroc"], *row["test_auroc_ci"]]
+        rows.append({"layer": row["layer"], "unknown": unknown, "wrong": list(wrong_here)})
+    return rows
+
+
+def components(lab: Lab, probe: Probe, names: Sequence[str], unknown: np.ndarray) -> dict[str, Any]:
+    """Two principal components of eval questions' states, of some known and some unknown ones."""
+    points = probe.pca(lab.states(names)[:, probe.layer])
+    kinds = {"known": points[~unknown][:NUM_POINTS], "unknown": points[unknown][:NUM_POINTS]}
+    return {kind: np.round(rows, 2) for kind, rows in kinds.items()}
+
+
+def by_num_samples(lab: Lab, wrong: np.ndarray) -> list[dict[str, Any]]:
+    """Semantic entropy of the first n answers, and a probe on labels of n answers, for wrong answers."""
+    seeds, names = lab.ids("seed"), lab.ids("eval")
+    rows = []
+    for count in NUM_SAMPLES_TRIED:
+        entropy = lab.uncertainty(names, count)["semantic_entropy"]
+        probe = fit(lab, seeds, lab.labels(count).unknown, "mlp")
+        found = {"semantic_entropy": entropy, "probe": score(lab, probe, names)}
+        rows.append({"num_samples": count} | {name: auroc(wrong, values) for name, values in found.items()})
+    return rows
+
+
+def by_num_seed(lab: Lab, unknown: np.ndarray, wrong: np.ndarray) -> list[dict[str, Any]]:
+    """A probe on fewer seed questions, for wrong answers."""
+    seeds, names = lab.ids("seed"), lab.ids("eval")
+    order = np.random.default_rng(lab.seed).permutation(len(seeds))
+    rows = []
+    for count in [*(count for count in NUM_SEEDS_TRIED if count < len(seeds)), len(seeds)]:
+        chosen = sorted(order[:count].tolist())
+        probe = fit(lab, [seeds[row] for row in chosen], unknown[chosen], "mlp")
+        rows.append({"num_seed": count, "probe": auroc(wrong, score(lab, probe, names))})
+    return rows
+
+
+def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
+    """For each question set: the probe fitted on it, on all others, on all; beside its own semantic entropy."""
+    seeds, names = lab.ids("seed"), lab.ids("eval")
+    unknown = lab.labels(NUM_SAMPLES).unknown
+    source, asked = (np.array([lab.rows[name]["relation"] for name in ids]) for ids in (seeds, names))
+    rows: dict[str, dict[str, Any]] = {}
+    for part in sorted(set(source.tolist())):
+        mine = [name for name, of in zip(names, asked, strict=True) if of == part]
+        wrong = ~lab.correct(mine)
+        chosen = {"own": source == part, "others": source != part, "all": np.ones(len(seeds), bool)}
+        found: Mapping[str, np.ndarray] = {
+            f"probe_{name}": score(
+                lab, fit(lab, [seeds[row] for row in np.flatnonzero(mask)], unknown[mask], "mlp"), mine
+            )
+            for name, mask in chosen.items()
+        }
+        found = {**found, "semantic_entropy": lab.uncertainty(mine, NUM_SAMPLES)["semantic_entropy"]}
+        rows[part] = {"num_eval": len(mine), "share_wrong": wrong.mean()} | {
+            name: list(auroc_with_ci(wrong, values, lab.seed)) for name, values in found.items()
+        }
+    return rows
+
+
+def main() -> None:
+    """Parse arguments, run, write the result after every lab."""
+    parser = seeded_parser(__doc__, "uncertainty")
+    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["people"])
+    add_data_option(parser)
+    arguments = parser.parse_args()
+    by_world: dict[str, dict[str, Any]] = {world: {} for world in arguments.worlds}
+    for seed in arguments.seeds:
+        for world in arguments.worlds:
+            splits = ("seed", "eval")
+            lab = open_lab(world, seed, arguments.work, arguments.data, num_samples=NUM_DRAWN, splits=splits)
+            found = figures(lab)
+            if world == "mixed":
+                found["leave_one_out"] = leave_one_out(lab)
+            by_world[world][str(seed)] = found
+            print(world, seed, {name: row[0] for name, row in found["auroc"]["wrong"].items()}, flush=True)
+            settings = {"num_samples": NUM_SAMPLES, "num_drawn": NUM_DRAWN}
+            path = write_result("uncertainty", {"settings": settings, "by_world": by_world}, arguments.out)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
