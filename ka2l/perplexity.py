@@ -1,7 +1,7 @@
-"""Perplexity of facts under the model under study: how hard it finds each of them.
+"""Log-likelihood and perplexity of texts under the model under study: how hard it finds each of them.
 
-One prefill pass over all facts of a batch, right-padded; logits are taken of the facts' own tokens alone, so a long
-prompt before a short fact costs no vocabulary-sized matrix.
+One prefill pass over all texts of a batch, right-padded; logits are taken of the scored tokens alone, so a long prompt
+before a short fact costs no vocabulary-sized matrix.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from ka2l.virtual_tokens import expand_cache, open_state
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -73,7 +74,7 @@ class PerplexityScorer:
 
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if device == "auto" else device)
-        self.model, self._virtual = open_state(model_path, adapter, dtype, self.device, trust_remote_code)
+        self.model, self.virtual_tokens = open_state(model_path, adapter, dtype, self.device, trust_remote_code)
         self.batch_size = batch_size
         self.num_tokens = 0
         """Tokens read so far."""
@@ -86,14 +87,52 @@ class PerplexityScorer:
         """
         import numpy as np
 
+        num_scored = np.array([len(text.token_ids) - max(text.start, 1) for text in texts], dtype=np.float64)
+        return np.exp(-self.log_likelihoods(texts) / num_scored)
+
+    def log_likelihoods(self, texts: Sequence[ScoredText]) -> np.ndarray:
+        """Sum of the scored tokens' log-probabilities, nats.
+
+        Returns:
+            Shape (num_texts,), float64; NaN for a text without a token to score.
+        """
+        import numpy as np
+        from torch.nn.functional import cross_entropy
+
         found = np.full(len(texts), np.nan)
-        usable = [index for index, text in enumerate(texts) if len(text.token_ids) > max(text.start, 1)]
-        for batch in self._batches(sorted(usable, key=lambda index: len(texts[index].token_ids)), texts):
-            found[batch] = self._score([texts[index] for index in batch])
+        for batch in self._batches(texts):
+            logits, targets, counts = self._predictions([texts[index] for index in batch])
+            losses = cross_entropy(logits, targets, reduction="none").cpu().numpy().astype(np.float64)
+            found[batch] = [-part.sum() for part in np.split(losses, np.cumsum(counts)[:-1])]
         return found
 
-    def _batches(self, order: list[int], texts: Sequence[ScoredText]) -> Iterator[list[int]]:
-        """Texts of like length share a batch, the longest first."""
+    def next_token_log_likelihoods(
+        self, prompts: Sequence[Sequence[int]], options: Sequence[Sequence[int]]
+    ) -> np.ndarray:
+        """Log-probabilities of several tokens that could come next, from one pass over each prompt, nats.
+
+        Args:
+            prompts: token ids of each prompt, at least one a prompt.
+            options: token ids that could follow each prompt, as many for every prompt.
+
+        Returns:
+            Shape (num_prompts, num_options), float64.
+        """
+        import numpy as np
+        import torch
+
+        texts = [ScoredText([*ids, tokens[0]], len(ids)) for ids, tokens in zip(prompts, options, strict=True)]
+        found = np.full((len(texts), len(options[0]) if len(options) else 0), np.nan)
+        for batch in self._batches(texts):
+            logits, _, _ = self._predictions([texts[index] for index in batch])
+            wanted = torch.tensor([list(options[index]) for index in batch], device=logits.device)
+            found[batch] = logits.log_softmax(-1).gather(1, wanted).cpu().numpy()
+        return found
+
+    def _batches(self, texts: Sequence[ScoredText]) -> Iterator[list[int]]:
+        """Texts with a token to score; those of like length share a batch, the longest first."""
+        usable = (index for index, text in enumerate(texts) if len(text.token_ids) > max(text.start, 1))
+        order = sorted(usable, key=lambda index: len(texts[index].token_ids))
         end = len(order)
         while end:
             fitting = max(1, MAX_BATCH_TOKENS // len(texts[order[end - 1]].token_ids))
@@ -101,10 +140,10 @@ class PerplexityScorer:
             yield order[start:end]
             end = start
 
-    def _score(self, texts: Sequence[ScoredText]) -> np.ndarray:
-        import numpy as np
+    def _predictions(self, texts: Sequence[ScoredText]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Of one batch: float32 logits where a scored token is predicted, shape (num_scored, vocabulary), these tokens,
+        shape (num_scored,), and how many of them are each text's."""
         import torch
-        from torch.nn.functional import cross_entropy
 
         length = max(len(text.token_ids) for text in texts)
         ids = torch.zeros((len(texts), length), dtype=torch.long)
@@ -116,15 +155,12 @@ class PerplexityScorer:
         # Only positions that predict a scored token go through the output layer; padding is on the right, unseen.
         first = int(min(text.start for text in texts)) or 1
         with torch.inference_mode():
-            cache = None if self._virtual is None else expand_cache(self._virtual, len(texts))
+            cache = None if self.virtual_tokens is None else expand_cache(self.virtual_tokens, len(texts))
             logits = self.model(
                 input_ids=ids.to(self.device),
                 logits_to_keep=length - (first - 1),
                 past_key_values=cache,
                 use_cache=cache is not None,
             ).logits
-        kept = logits[:, :-1][wanted[:, first - 1 :].to(self.device)]
-        losses = cross_entropy(kept.float(), targets, reduction="none").cpu().numpy().astype(np.float64)
         self.num_tokens += sum(len(text.token_ids) for text in texts)
-        ends = np.cumsum(wanted.sum(dim=1).numpy())
-        return np.array([np.exp(part.mean()) for part in np.split(losses, ends[:-1])])
+        return logits[:, :-1][wanted[:, first - 1 :].to(self.device)].float(), targets, wanted.sum(dim=1).tolist()
