@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from actors.host import Stats, wait_for_gpu_memory
+from ka2l.adaptive_sampling import draw_until_settled
 from ka2l.canary import check_canary
 from ka2l.errors import ModelError
 from ka2l.models import max_model_len, split_source
@@ -161,7 +162,7 @@ class SamplerHost:
                 wanted += [(row["question_id"], purpose, prompt) for purpose in purposes]
         requests = [self.plan.request(name, purpose, prompt, self.config) for name, purpose, prompt in wanted]
         start = time.perf_counter()
-        generations = self.sampler.generate(requests) if requests else []
+        generations = self._generate(requests, [purpose for _, purpose, _ in wanted])
         seconds = time.perf_counter() - start
         rows: list[dict[str, Any]] = [
             {
@@ -185,6 +186,13 @@ class SamplerHost:
             "num_rejected": float(sum(row["finish_reason"] == "rejected" for row in rows)),
         }
         return pa.Table.from_pylist(rows, schema=SAMPLES), stats
+
+    def _generate(self, requests: Sequence[Request], purposes: Sequence[str]) -> list[list[Generation]]:
+        if not requests:
+            return []
+        if self.config.stop_early:
+            return draw_until_settled(self.sampler, requests, [purpose == "probe" for purpose in purposes])
+        return self.sampler.generate(requests)
 
 
 def _check_engine(sampler: Sampler, canary: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.host import Stats
+from ka2l.adaptive_sampling import expected_entropy
 from ka2l.equivalence import Equivalence, cluster_answers, grade_answers
 from ka2l.prompts import encode_messages
 from ka2l.records import CLUSTERS
@@ -23,6 +24,7 @@ class ScorerHost:
         equivalence: decides which answers mean the same.
         purposes: purposes of the samples to group.
         answers: accepted answers by question id, for grading; None takes the shard's ``references``.
+        stopped_early: the samples of seed questions were drawn until their entropy was settled.
     """
 
     def __init__(
@@ -30,10 +32,13 @@ class ScorerHost:
         equivalence: Equivalence,
         purposes: Sequence[str] = ("probe", "eval", "agreement"),
         answers: Mapping[str, list[str]] | None = None,
+        *,
+        stopped_early: bool = False,
     ) -> None:
         self.equivalence = equivalence
         self.purposes = purposes
         self.answers = answers
+        self.stopped_early = stopped_early
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
         """From ``samples``, ``questions`` and ``references`` to ``clusters`` (records.CLUSTERS).
@@ -84,6 +89,10 @@ class ScorerHost:
             self.equivalence,
         )
         rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
+        if self.stopped_early:
+            for (_, purpose), row in rows.items():
+                if purpose == "probe":
+                    row["semantic_entropy"] = expected_entropy(row["semantic_ids"])
         return rows, {
             "num_pairs_asked": float(result.num_pairs_asked),
             "num_pairs_full": float(result.num_pairs_full),

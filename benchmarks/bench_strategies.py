@@ -86,7 +86,7 @@ def curves(lab: Lab) -> dict[str, Any]:
 
 
 def graded(lab: Lab, names: list[str], own: dict[str, list[str]]) -> dict[str, Any]:
-    """Accuracy after tuning on these annotations, and the share of what the base model had right that is still right."""
+    """Accuracy after tuning on these annotations, and what share of the base model's right answers is kept."""
     correct, _ = lab.tuned(names, own)
     base = lab.correct(lab.ids("eval"))
     share = proportion_with_ci(correct)

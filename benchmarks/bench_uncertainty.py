@@ -25,17 +25,20 @@ from lab import Lab
 from machine import write_result
 from worlds import add_data_option, open_lab
 
+from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.labels import split_seed_questions
 from ka2l.metrics import auroc, auroc_with_ci
-from ka2l.p_true import p_true, p_true_prompt
+from ka2l.p_true import SolvedExample, p_true, p_true_prompt, split_examples
 from ka2l.perplexity import PerplexityScorer
 from ka2l.probe import Probe, fit_probe
 from ka2l.seeds import row_seed
+from ka2l.semantic_entropy import discrete_semantic_entropy
 
 WORLDS = ("people", "mixed")
 #: Answers drawn a question: the first half scores, the second half labels.
 NUM_DRAWN = 20
 NUM_SAMPLES = 10
+NUM_BRAINSTORMED = 3
 NUM_SAMPLES_TRIED = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 NUM_SEEDS_TRIED = (50, 100, 200, 400, 800)
 #: Points of each kind in the picture of principal components.
@@ -64,28 +67,30 @@ def score(lab: Lab, probe: Probe, names: Sequence[str]) -> np.ndarray:
 
 def unknown_later(lab: Lab, names: Sequence[str], threshold: float) -> np.ndarray:
     """Whether the entropy of the second half of the answers is above the threshold, shape (n,)."""
-    from ka2l.equivalence import LexicalEquivalence, cluster_answers
-    from ka2l.semantic_entropy import discrete_semantic_entropy
-
     answers = [lab.observed[name].answers[NUM_SAMPLES:] for name in names]
     ids = cluster_answers([lab.rows[name]["question"] for name in names], answers, LexicalEquivalence()).ids
     return np.array([discrete_semantic_entropy(found) for found in ids]) >= threshold
 
 
 def doubt_by_p_true(lab: Lab, names: Sequence[str]) -> np.ndarray:
-    """Minus P(True) of the greedy answers; examples are seed questions."""
-    seeds = lab.ids("seed")[:4]
+    """Minus P(True) of the greedy answers after two solved examples; few brainstormed answers, since a testbed's model
+    reads 512 tokens."""
+    seeds = lab.ids("seed")
+    shown, _ = split_examples(lab.correct(seeds).tolist(), 2, lab.seed)
     examples = [
-        (lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_SAMPLES], seen.correct)
-        for name in seeds
+        SolvedExample(lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_BRAINSTORMED], seen.correct)
+        for name in (seeds[place] for place in shown)
         for seen in [lab.observed[name]]
     ]
     prompts = [
-        p_true_prompt(lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_SAMPLES], examples)
+        p_true_prompt(lab.rows[name]["question"], seen.greedy, seen.answers[:NUM_BRAINSTORMED], examples)
         for name in names
         for seen in [lab.observed[name]]
     ]
-    return -p_true(PerplexityScorer(str(lab.testbed.model), dtype="float32"), prompts)
+    scorer = PerplexityScorer(str(lab.testbed.model), dtype="float32")
+    found = p_true(scorer, lab.prompter.tokenizer, prompts, chat=False)
+    print(f"P(True): {int(np.isnan(found).sum())} of {len(found)} prompts too long", flush=True)
+    return -np.nan_to_num(found, nan=0.5)
 
 
 def figures(lab: Lab) -> dict[str, Any]:

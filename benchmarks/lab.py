@@ -239,7 +239,11 @@ class Lab:
             Whether each eval question is answered rightly, shape (num_eval,), and the adapter's folder.
         """
         config = TuningConfig.model_validate(self.config.tuning.model_dump(by_alias=True) | settings)
-        marks = [sorted(annotated), sorted((name, list(own)) for name, own in rehearsal.items()), config.result_fields()]
+        marks = [
+            sorted(annotated),
+            sorted((name, list(own)) for name, own in rehearsal.items()),
+            config.result_fields(),
+        ]
         digest = hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
         folder = self.folder / "tuned" / digest
         graded = folder / "correct.json"

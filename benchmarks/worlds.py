@@ -78,9 +78,9 @@ def _drawn(world: World, data: Path, seed: int, target: Path) -> Path:
         rows = []
         for name in world.files:
             lines = (data / name).read_text(encoding="utf-8").splitlines()
-            for line in random.Random(seed).sample(lines, world.num_facts // len(world.files)):
-                # The file stands in for the relation: it is what leave-one-out leaves out.
-                rows.append({**json.loads(line), "relation": name.partition(".")[0]})
+            drawn = random.Random(seed).sample(lines, world.num_facts // len(world.files))
+            # The file stands in for the relation: it is what leave-one-out leaves out.
+            rows += [{**json.loads(line), "relation": name.partition(".")[0]} for line in drawn]
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return target

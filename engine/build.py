@@ -165,11 +165,11 @@ def judge(config: EquivalenceConfig) -> Equivalence:
     return JudgeEquivalence(SamplerJudge(made, load_tokenizer(model)))
 
 
-def scorer_host(config: EquivalenceConfig, shared: Equivalence | None) -> ScorerHost:
+def scorer_host(config: EquivalenceConfig, shared: Equivalence | None, stopped_early: bool) -> ScorerHost:
     """What the cluster stage runs; with ``shared`` it loads no model of its own."""
     from actors.scorer import ScorerHost
 
-    return ScorerHost(shared or equivalence(config))
+    return ScorerHost(shared or equivalence(config), stopped_early=stopped_early)
 
 
 def feedback_host(

@@ -72,7 +72,7 @@ def cluster(campaign: Campaign, round_index: int) -> None:
             run_host(
                 campaign,
                 stage,
-                partial(build.scorer_host, config.equivalence, shared),
+                partial(build.scorer_host, config.equivalence, shared, config.sampler.stop_early),
                 {
                     "questions": ShardInput(questions.url, ["question_id", "question", "split"]),
                     "samples": ShardInput(observed.url),

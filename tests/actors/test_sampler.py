@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,9 @@ class Words:
         return list(range(len(question.split())))
 
 
-def observe(rows: Sequence[Mapping[str, str]], **plan: Any) -> tuple[pa.Table, dict[str, float], list[Request]]:
+def observe(
+    rows: Sequence[Mapping[str, str]], config: SamplerConfig | None = None, **plan: Any
+) -> tuple[pa.Table, dict[str, float], list[Request]]:
     defaults: dict[str, Any] = {
         "run_seed": 0,
         "round_index": 1,
@@ -355,7 +358,7 @@ def observe(rows: Sequence[Mapping[str, str]], **plan: Any) -> tuple[pa.Table, d
     }
     recorder = Recorder()
     prompter: Any = Words()
-    host = SamplerHost(recorder, prompter, SamplerConfig(num_samples=3), ObservePlan(**(defaults | plan)))
+    host = SamplerHost(recorder, prompter, config or SamplerConfig(num_samples=3), ObservePlan(**(defaults | plan)))
     table, stats = host.process({"questions": pa.Table.from_pylist([dict(row) for row in rows])})
     return table, stats, recorder.requests
 
@@ -390,6 +393,16 @@ def test_the_host_samples_candidates_for_rehearsal_or_as_if_they_were_seeds() ->
     many = [{"question_id": f"c{i}", "question": "a b", "split": "candidate"} for i in range(400)]
     table, _, _ = observe(many, num_rehearsal=1, rehearsal_share=0.25)
     assert 70 <= table.num_rows <= 130
+
+
+def test_seed_questions_whose_answers_agree_are_asked_no_further_and_rehearsal_is() -> None:
+    config = SamplerConfig(num_samples=10, stop_early=True)
+    table, stats, _ = observe([*POOL[:2], POOL[3]], config, num_rehearsal=10)
+    rows = table.to_pylist()
+    counts = Counter((row["question_id"], row["purpose"]) for row in rows)
+    assert counts == {("s", "probe"): 4, ("c", "rehearsal"): 10, ("l", "probe"): 4}
+    assert [row["sample_index"] for row in rows if row["question_id"] == "s"] == [0, 1, 2, 3]
+    assert stats["tokens_generated"] == 2 * 14
 
 
 def test_a_shard_with_nothing_to_ask_gives_an_empty_table() -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from actors.scorer import ScorerHost
+from ka2l.adaptive_sampling import entropy_posterior
 from ka2l.equivalence import LexicalEquivalence
 from ka2l.records import CLUSTERS, SAMPLES
 
@@ -35,10 +36,10 @@ def sample(question_id: str, purpose: str, index: int, answer: str, logprob: flo
     return row | fields
 
 
-def cluster(samples: list[dict]) -> tuple[dict[tuple[str, str], dict], dict[str, float]]:
+def cluster(samples: list[dict], **options: Any) -> tuple[dict[tuple[str, str], dict], dict[str, float]]:
     """Rows of ``clusters`` by question and purpose, and the host's stats."""
     eval_answers = [{"question_id": name, "answers": answers} for name, answers in REFERENCES.items()]
-    table, stats = ScorerHost(LexicalEquivalence()).process(
+    table, stats = ScorerHost(LexicalEquivalence(), **options).process(
         {
             "questions": pa.Table.from_pylist([{"question_id": a, "question": b} for a, b in QUESTIONS.items()]),
             "references": pa.Table.from_pylist(eval_answers),
@@ -49,6 +50,17 @@ def cluster(samples: list[dict]) -> tuple[dict[tuple[str, str], dict], dict[str,
     rows = {(row["question_id"], row["purpose"]): row for row in table.to_pylist()}
     assert len(rows) == table.num_rows
     return rows, stats
+
+
+def test_where_drawing_stopped_early_the_entropy_is_what_more_answers_would_show() -> None:
+    few = [sample("seed-1", "probe", i, answer) for i, answer in enumerate(["Lima", "Oslo", "Rome", "Bonn"])]
+    sure = [sample("seed-2", "probe", i, "Lima") for i in range(4)]
+    asked = [sample("eval-1", "eval", 0, "Lima")]
+    rows, _ = cluster([*few, *sure, *asked], stopped_early=True)
+    assert rows["seed-1", "probe"]["semantic_entropy"] == pytest.approx(entropy_posterior([0, 1, 2, 3]).mean)
+    assert rows["seed-1", "probe"]["semantic_entropy"] > math.log(4)
+    assert rows["seed-2", "probe"]["semantic_entropy"] == 0
+    assert rows["eval-1", "eval"]["semantic_entropy"] == 0
 
 
 def test_probe_answers_are_grouped_by_meaning_and_never_graded() -> None:
