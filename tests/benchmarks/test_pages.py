@@ -215,6 +215,18 @@ def test_every_result_that_other_texts_name_is_there() -> None:
     assert [(text, name) for text, name in sorted(named) if not (machine.RESULTS / name).exists()] == []
 
 
+def test_links_into_the_page_lead_to_headings(made: tuple[str, dict[str, str]]) -> None:
+    headings = {pages.anchor(heading) for heading in re.findall(r"^## (.*)$", made[0], re.MULTILINE)}
+    linked = {
+        anchor
+        for path in (REPOSITORY / "README.md", *pages.DOCS.glob("*.md"))
+        for anchor in re.findall(r"benchmarks\.md#([\w-]+)\)", path.read_text(encoding="utf-8"))
+    }
+
+    assert linked
+    assert linked <= headings
+
+
 def test_paragraphs_are_filled_and_tables_are_not() -> None:
     text = "A sentence\nwith breaks.\n\n| a | b |\n| --- | ---: |\n| c | 1 |\n\n1. first\n2. second"
 
