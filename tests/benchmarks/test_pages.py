@@ -133,6 +133,15 @@ def test_a_section_shows_what_made_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "](benchmarks/invented-curve.svg)" in section
 
 
+def test_a_result_that_its_section_cannot_read_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "chaos", "not what the section expects")
+
+    with pytest.raises(KeyError) as raised:
+        pages.page(tmp_path)
+
+    assert any("sections/chaos.py" in note and "2026-05-04.json" in note for note in raised.value.__notes__)
+
+
 def test_losses_of_all_sections_stand_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, losses in (("one", ["It is slower by a half."]), ("two", []), ("three", ["It is wrong.", "It is ugly."])):
         invent(monkeypatch, name, losses)
