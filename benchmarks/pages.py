@@ -81,7 +81,13 @@ def page(results: Path = RESULTS) -> tuple[str, dict[str, str]]:
             parts.append(f"## {module.TITLE}\n\nNot measured yet: `{module.COMMAND}`")
             continue
         result = json.loads(file.read_text(encoding="utf-8"))
-        found = module.section(result)
+        try:
+            found = module.section(result)
+        except Exception as error:
+            error.add_note(
+                f"sections/{question}.py cannot read {file}: was it made by another version of its benchmark?"
+            )
+            raise
         named = {f"{question}-{name}.svg": svg for name, svg in found.charts.items()}
         pictures = [f"![{module.TITLE}: {Path(name).stem}](benchmarks/{name})" for name in named]
         link = f"../benchmarks/results/{question}/{file.name}"

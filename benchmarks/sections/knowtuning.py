@@ -74,7 +74,10 @@ def losses(less: dict[str, Any]) -> list[str]:
         return f"{SCORES[score]} {interval(less[arm][score]['mean'], less[arm][score]['ci'], sign=True)}"
 
     idle = [arm for arm, score in PURPOSE.items() if less[arm][score]["ci"][1] >= 0]
-    found = [f"`{ARMS[arm]}` does not lower what the part is there for: {shown(arm, PURPOSE[arm])}." for arm in idle]
+    found = [
+        f"Without the part, what it is there for is no lower: `{ARMS[arm]}`, {shown(arm, PURPOSE[arm])}."
+        for arm in idle
+    ]
     for arm in ("no_kc", "sft", "random"):
         better = [
             score

@@ -21,7 +21,7 @@ def section(result: dict[str, Any]) -> Section:
         for gpus, found in result["by_num_gpus"].items()
     ]  # fmt: skip
     headers = ["GPUs", "makespan, h", "bound, h", "bound / makespan", "the bound is", "GPUs busy"]
-    text = f"""How well would {result["num_cells"]} cells (9 models, 3 data sets, 3 seeds) fill a cluster? A
+    text = f"""How well would {result["num_cells"]} cells (models x data sets x seeds) fill a cluster? A
 discrete-event model with the real queue and modelled stages: no GPU was used. The bound is what no schedule can
 beat.
 

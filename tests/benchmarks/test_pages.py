@@ -133,6 +133,15 @@ def test_a_section_shows_what_made_it(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "](benchmarks/invented-curve.svg)" in section
 
 
+def test_a_result_that_its_section_cannot_read_is_named(tmp_path: Path) -> None:
+    put(tmp_path, "chaos", "not what the section expects")
+
+    with pytest.raises(KeyError) as raised:
+        pages.page(tmp_path)
+
+    assert any("sections/chaos.py" in note and "2026-05-04.json" in note for note in raised.value.__notes__)
+
+
 def test_losses_of_all_sections_stand_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, losses in (("one", ["It is slower by a half."]), ("two", []), ("three", ["It is wrong.", "It is ugly."])):
         invent(monkeypatch, name, losses)
@@ -213,6 +222,18 @@ def test_every_result_that_other_texts_name_is_there() -> None:
 
     assert named
     assert [(text, name) for text, name in sorted(named) if not (machine.RESULTS / name).exists()] == []
+
+
+def test_links_into_the_page_lead_to_headings(made: tuple[str, dict[str, str]]) -> None:
+    headings = {pages.anchor(heading) for heading in re.findall(r"^## (.*)$", made[0], re.MULTILINE)}
+    linked = {
+        anchor
+        for path in (REPOSITORY / "README.md", *pages.DOCS.glob("*.md"))
+        for anchor in re.findall(r"benchmarks\.md#([\w-]+)\)", path.read_text(encoding="utf-8"))
+    }
+
+    assert linked
+    assert linked <= headings
 
 
 def test_paragraphs_are_filled_and_tables_are_not() -> None:
