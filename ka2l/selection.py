@@ -7,29 +7,53 @@ rest of the pool is, so that no more than that is ever held.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from ka2l.candidates import Candidates, Selected, join, tie_breakers, top
 from ka2l.errors import BudgetError, ConfigError
 from ka2l.section import Section
+from ka2l.spread_strategies import badge, core_set, num_compared, prob_cover, probe_diverse, typi_clust
 
 if TYPE_CHECKING:
     import numpy as np
+
+__all__ = ["STRATEGIES", "Candidates", "Selected", "SelectionConfig", "Shortlist", "Strategy", "select"]
 
 
 class SelectionConfig(Section):
     """Which candidates are annotated in a round."""
 
-    KINDS: ClassVar[tuple[str, ...]] = ("random", "probe", "semantic_entropy", "probe_diverse", "two_axis")
+    KINDS: ClassVar[tuple[str, ...]] = (
+        "random",
+        "probe",
+        "known",
+        "semantic_entropy",
+        "entropy",
+        "perplexity",
+        "probe_diverse",
+        "two_axis",
+        "core_set",
+        "typi_clust",
+        "prob_cover",
+        "badge",
+    )
+    SAMPLED: ClassVar[tuple[str, ...]] = ("semantic_entropy", "entropy")
+    """Kinds that need sampled answers of all candidates."""
+    COMPARED: ClassVar[tuple[str, ...]] = ("core_set", "typi_clust", "prob_cover", "badge")
+    """Kinds that compare the hidden states of all candidates, or of a uniform draw from a large pool
+    (`ka2l.spread_strategies.MAX_COMPARED`)."""
 
     kind: str = "probe"
-    """``probe`` takes what the probe holds most likely unknown; ``semantic_entropy`` what the model's own answers
-    disagree about most (samples of all candidates are needed); ``probe_diverse`` spreads over the likely unknown;
-    ``two_axis`` takes what is most likely answered wrongly, with doubt or without, as annotation has shown so far;
-    ``random`` is the control; ``module:function`` is a strategy of your own."""
+    """``probe`` takes what the probe holds most likely unknown, ``known`` the opposite, and ``random`` any: the
+    controls. ``semantic_entropy`` takes what the model's own answers disagree about most and ``entropy`` what they are
+    least likely of (samples of all candidates are needed); ``perplexity`` the questions whose own wording the model
+    finds hardest (a forward pass over all candidates); ``probe_diverse`` spreads over the likely unknown; ``two_axis``
+    takes what is most likely answered wrongly, with doubt or without, as annotation has shown so far. ``core_set``,
+    ``typi_clust`` and ``prob_cover`` spread over the hidden states of all candidates, whatever is known of them, and
+    ``badge`` over those on which the probe is undecided. ``module:function`` is a strategy of your own."""
     budget: int = Field(150, ge=1)
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
@@ -37,36 +61,6 @@ class SelectionConfig(Section):
     explore: float = Field(0.1, ge=0, le=1)
     """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
     learnt wrongly. The last round does not explore."""
-
-
-class Candidates(NamedTuple):
-    """What a strategy may look at, a row a question."""
-
-    question_ids: list[str]
-    score: np.ndarray
-    """Evidence for unknown over all model states so far, shape (N,)."""
-    p_unknown: np.ndarray
-    """Probability of unknown under this round's model state, shape (N,)."""
-    entropy: np.ndarray | None = None
-    """Semantic entropy, nats, shape (N,); None where candidates were not sampled."""
-    states: np.ndarray | None = None
-    """Hidden states, shape (N, D)."""
-    p_wrong: np.ndarray | None = None
-    """Probability that the base model answers wrongly, shape (N,); None before anything has been annotated."""
-
-    def take(self, rows: np.ndarray) -> Candidates:
-        """Some of the rows, in that order."""
-        ids = [self.question_ids[row] for row in rows.tolist()]
-        return Candidates(ids, *(None if column is None else column[rows] for column in self[1:]))  # type: ignore[arg-type]
-
-
-class Selected(NamedTuple):
-    """The chosen rows, best first, and what they were ranked by."""
-
-    indices: np.ndarray
-    """Row numbers in the candidates, shape (budget,)."""
-    scores: np.ndarray
-    """Shape (budget,)."""
 
 
 Strategy = Callable[[Candidates, int, int, SelectionConfig], Selected]
@@ -142,11 +136,13 @@ class Shortlist:
         self._num_kept += len(part.question_ids)
 
     def _keep_best(self) -> None:
-        joined = _joined(self._kept)
+        joined = join(self._kept)
         self._kept, self._num_kept = [], 0
         self._keep(joined.take(self._rows(joined)))
 
     def _most(self) -> int:
+        if self._config.kind in self._config.COMPARED:
+            return num_compared(self._config.budget)
         factor = self._config.pool_factor if self._config.kind == "probe_diverse" else 1.0
         return round(factor * self._config.budget)
 
@@ -157,9 +153,17 @@ class Shortlist:
         ids, most = part.question_ids, min(self._most(), len(part.question_ids))
         match self._config.kind:
             case "random":
-                keys = [_tie_breakers(ids, self._seed)]
+                keys = [tie_breakers(ids, self._seed)]
+            case kind if kind in self._config.COMPARED:  # a uniform draw
+                keys = [tie_breakers(ids, self._seed)]
+            case "known":
+                keys = [-part.score]
             case "semantic_entropy" if part.entropy is not None:
                 keys = [part.entropy]
+            case "entropy" if part.predictive_entropy is not None:
+                keys = [part.predictive_entropy]
+            case "perplexity" if part.perplexity is not None:
+                keys = [part.perplexity]
             case "two_axis":
                 ranked_by = part.score if part.p_wrong is None else part.p_wrong
                 keys = [ranked_by, _exploration_keys(part, self._seed)]
@@ -167,65 +171,53 @@ class Shortlist:
                 keys = [part.score]
             case _:
                 return np.arange(len(ids))
-        return np.unique(np.concatenate([_top(key, ids, most, self._seed).indices for key in keys]))
-
-
-def _joined(parts: list[Candidates]) -> Candidates:
-    import numpy as np
-
-    columns = [None if first is None else np.concatenate([part[index] for part in parts])
-               for index, first in enumerate(parts[0]) if index]  # fmt: skip
-    return Candidates([name for part in parts for name in part.question_ids], *columns)  # type: ignore[arg-type]
+        return np.unique(np.concatenate([top(key, ids, most, self._seed).indices for key in keys]))
 
 
 def random(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
     """Uniform without replacement: the control."""
-    return _top(_tie_breakers(candidates.question_ids, seed), candidates.question_ids, budget, seed)
+    return top(tie_breakers(candidates.question_ids, seed), candidates.question_ids, budget, seed)
 
 
 def probe(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
     """The most evidence for unknown (KA2L, arXiv 2603.17566)."""
-    return _top(candidates.score, candidates.question_ids, budget, seed)
+    return top(candidates.score, candidates.question_ids, budget, seed)
+
+
+def known(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """The least evidence for unknown: what the model knows best, the control that should help least."""
+    indices = top(-candidates.score, candidates.question_ids, budget, seed).indices
+    return Selected(indices, candidates.score[indices])
 
 
 def semantic_entropy(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
     """The highest semantic entropy of the model's own answers: what the probe predicts, measured."""
-    if candidates.entropy is None:
+    return _highest("semantic_entropy", candidates.entropy, "sampled answers", candidates, budget, seed)
+
+
+def entropy(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """The highest predictive entropy of the model's own answers (Malinin and Gales 2021, arXiv 2002.07650).
+
+    Unlike semantic entropy it counts other wordings of the same answer as doubt, and longer answers as more of it.
+    """
+    return _highest("entropy", candidates.predictive_entropy, "sampled answers", candidates, budget, seed)
+
+
+def perplexity(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
+    """The highest perplexity of the question's own text: what the model has not read the like of, whatever the answer
+    (Marion et al. 2023, arXiv 2309.04564, rank training texts so)."""
+    return _highest("perplexity", candidates.perplexity, "the perplexity", candidates, budget, seed)
+
+
+def _highest(
+    kind: str, values: np.ndarray | None, needed: str, candidates: Candidates, budget: int, seed: int
+) -> Selected:
+    if values is None:
         raise ConfigError(
-            "selection.kind semantic_entropy needs sampled answers of all candidates, and there are none",
+            f"selection.kind {kind} needs {needed} of all candidates, and there are none",
             hint="Use selection.kind probe, which needs samples of the seed questions only.",
         )
-    return _top(candidates.entropy, candidates.question_ids, budget, seed)
-
-
-def probe_diverse(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
-    """Greedy k-centre (CoreSet, Sener and Savarese 2018, arXiv 1708.00489) among the most likely unknown.
-
-    Starts from the most likely unknown question and then takes, time and again, the one whose hidden state is farthest
-    from all taken so far.
-    """
-    import numpy as np
-    from skactiveml.pool import CoreSet
-    from sklearn.preprocessing import StandardScaler
-
-    if candidates.states is None:
-        raise ConfigError(
-            "selection.kind probe_diverse needs the hidden states of all candidates, and there are none",
-            hint="Use selection.kind probe.",
-        )
-    num_likely = min(len(candidates.question_ids), round(config.pool_factor * budget))
-    likely = _top(candidates.score, candidates.question_ids, num_likely, seed).indices
-    # Single dimensions of hidden states can outgrow all others together.
-    states = StandardScaler().fit_transform(candidates.states[likely].astype(np.float32))
-    centre = np.full(num_likely, np.nan)
-    centre[0] = 1.0
-    chosen = np.zeros(1, dtype=int)
-    if budget > 1:
-        # ``likely`` is ordered by score and hash, so equal distances, too, are settled whatever the input's order.
-        queried = CoreSet(random_state=seed).query(states, centre, batch_size=budget - 1)
-        chosen = np.concatenate([chosen, queried])
-    indices = likely[chosen]
-    return Selected(indices, candidates.score[indices])
+    return top(values, candidates.question_ids, budget, seed)
 
 
 def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:
@@ -239,7 +231,7 @@ def two_axis(candidates: Candidates, budget: int, seed: int, config: SelectionCo
 
     num_explored = round(config.explore * budget)
     ranked_by = candidates.score if candidates.p_wrong is None else candidates.p_wrong
-    order = _top(ranked_by, candidates.question_ids, len(candidates.question_ids), seed).indices
+    order = top(ranked_by, candidates.question_ids, len(candidates.question_ids), seed).indices
     best, rest = order[: budget - num_explored], order[budget - num_explored :]
     keys = _exploration_keys(candidates, seed)[rest]
     explored = rest[np.argsort(-keys, kind="stable")[:num_explored]]
@@ -256,7 +248,7 @@ def _exploration_keys(candidates: Candidates, seed: int) -> np.ndarray:
     weights = expit(-np.asarray(candidates.score, dtype=np.float64))
     if candidates.p_wrong is not None:
         weights = weights * np.maximum(candidates.p_wrong, 2.0**-64)
-    draws: np.ndarray = np.log(_tie_breakers(candidates.question_ids, seed + 1) + 2.0**-64)
+    draws: np.ndarray = np.log(tie_breakers(candidates.question_ids, seed + 1) + 2.0**-64)
     return draws / np.maximum(weights, np.finfo(np.float64).tiny)
 
 
@@ -264,32 +256,14 @@ def _exploration_keys(candidates: Candidates, seed: int) -> np.ndarray:
 STRATEGIES: dict[str, Strategy] = {
     "random": random,
     "probe": probe,
+    "known": known,
     "semantic_entropy": semantic_entropy,
+    "entropy": entropy,
+    "perplexity": perplexity,
     "probe_diverse": probe_diverse,
     "two_axis": two_axis,
+    "core_set": core_set,
+    "typi_clust": typi_clust,
+    "prob_cover": prob_cover,
+    "badge": badge,
 }
-
-
-def _top(values: np.ndarray, question_ids: list[str], num_wanted: int, seed: int) -> Selected:
-    """The highest ``values`` (N,), ties broken by the seed and the question's id."""
-    import numpy as np
-
-    values = np.asarray(values, dtype=np.float64)
-    bad = np.flatnonzero(~np.isfinite(values))
-    if len(bad):
-        raise ValueError(f"the value of question {question_ids[bad[0]]!r} is {values[bad[0]]}, nothing to rank by")
-    rows = np.arange(len(values))
-    if 0 < num_wanted < len(values):  # a hash a row is what takes time: only for those that may be among the highest
-        place = len(values) - num_wanted
-        rows = np.flatnonzero(values >= np.partition(values, place)[place])
-    ties = _tie_breakers([question_ids[row] for row in rows.tolist()], seed)
-    indices = rows[np.lexsort((ties, values[rows]))[::-1][:num_wanted]]
-    return Selected(indices, values[indices])
-
-
-def _tie_breakers(question_ids: list[str], seed: int) -> np.ndarray:
-    """A uniform number in [0, 1) for each question, from the seed and its id alone. Shape (N,)."""
-    import numpy as np
-
-    digests = b"".join(hashlib.blake2b(f"{seed}\x1f{id_}".encode(), digest_size=8).digest() for id_ in question_ids)
-    return np.frombuffer(digests, dtype="<u8") / 2.0**64

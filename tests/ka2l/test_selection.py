@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from ka2l import spread_strategies
 from ka2l.errors import BudgetError, ConfigError
 from ka2l.selection import STRATEGIES, Candidates, Selected, SelectionConfig, Shortlist, select
 
@@ -24,13 +25,14 @@ def make_candidates(num_candidates: int = 60, seed: int = 0, ties: bool = False)
         entropy=rng.integers(0, 4, size=num_candidates) / 2 if ties else rng.random(num_candidates),
         states=rng.normal(size=(num_candidates, 8)),
         p_wrong=rng.integers(0, 4, size=num_candidates) / 4 if ties else rng.random(num_candidates),
+        predictive_entropy=rng.integers(0, 4, size=num_candidates) / 2 if ties else rng.random(num_candidates),
+        perplexity=rng.integers(1, 4, size=num_candidates) / 2 if ties else rng.random(num_candidates),
+        asked_states=rng.normal(size=(5, 8)),
     )
 
 
 def shuffled(candidates: Candidates, seed: int) -> Candidates:
-    order = np.random.default_rng(seed).permutation(len(candidates.question_ids))
-    arrays = (None if array is None else array[order] for array in candidates[1:])
-    return Candidates([candidates.question_ids[index] for index in order], *arrays)
+    return candidates.take(np.random.default_rng(seed).permutation(len(candidates.question_ids)))
 
 
 def pick(candidates: Candidates, kind: str, budget: int = 12, seed: int = 0, **config: Any) -> Selected:
@@ -83,6 +85,23 @@ def test_semantic_entropy_takes_the_highest_entropies_best_first() -> None:
     np.testing.assert_array_equal(selected.scores, np.sort(candidates.entropy)[::-1][:12])
 
 
+def test_known_is_the_reverse_of_probe() -> None:
+    candidates = make_candidates()
+    known, probed = (pick(candidates, kind, budget=60) for kind in ("known", "probe"))
+    np.testing.assert_array_equal(known.indices, probed.indices[::-1])
+    np.testing.assert_array_equal(known.scores, np.sort(candidates.score))
+
+
+@pytest.mark.parametrize("kind", ["entropy", "perplexity"])
+def test_takes_the_highest_of_what_it_is_named_after(kind: str) -> None:
+    candidates = make_candidates()
+    values = candidates.perplexity if kind == "perplexity" else candidates.predictive_entropy
+    assert values is not None
+    selected = pick(candidates, kind)
+    assert selected.indices.tolist() == np.argsort(-values)[:12].tolist()
+    np.testing.assert_array_equal(selected.scores, values[selected.indices])
+
+
 def test_ties_are_settled_by_the_seed_and_only_ties() -> None:
     candidates = make_candidates(ties=True)
     picks = [pick(candidates, "probe", seed=seed) for seed in range(6)]
@@ -104,44 +123,6 @@ def test_random_does_not_look_at_the_scores() -> None:
     candidates = make_candidates()
     other = candidates._replace(score=-candidates.score, entropy=None, states=None)
     np.testing.assert_array_equal(pick(candidates, "random").indices, pick(other, "random").indices)
-
-
-def clustered(seed: int = 0) -> tuple[Candidates, np.ndarray]:
-    """120 candidates in 12 clusters; the scores favour cluster 0, then cluster 1, and so on."""
-    rng = np.random.default_rng(seed)
-    cluster = np.repeat(np.arange(12), 10)
-    centres = rng.normal(size=(12, 16)) * 10
-    scales = np.logspace(0, 3, 16)  # no single dimension may decide
-    score = -cluster + 0.1 * rng.normal(size=120)
-    states = (centres[cluster] + rng.normal(size=(120, 16))) * scales
-    return Candidates([f"q{i}" for i in range(120)], score, 1 / (1 + np.exp(-score)), None, states), cluster
-
-
-def test_diverse_covers_more_clusters_than_the_plain_top() -> None:
-    candidates, cluster = clustered()
-    diverse = pick(candidates, "probe_diverse", budget=10, pool_factor=6)
-    plain = pick(candidates, "probe", budget=10)
-    assert len(set(cluster[plain.indices])) == 1
-    assert set(cluster[diverse.indices]) == set(range(6))
-
-
-def test_diverse_starts_from_the_best_and_stays_among_the_likely_unknown() -> None:
-    candidates, _ = clustered()
-    selected = pick(candidates, "probe_diverse", budget=10, pool_factor=3)
-    assert selected.indices[0] == candidates.score.argmax()
-    assert selected.scores.min() >= np.sort(candidates.score)[::-1][29]
-    np.testing.assert_array_equal(candidates.score[selected.indices], selected.scores)
-
-
-def test_diverse_with_a_factor_of_one_is_the_plain_top_in_another_order() -> None:
-    candidates, _ = clustered()
-    diverse = pick(candidates, "probe_diverse", budget=10, pool_factor=1)
-    assert set(diverse.indices) == set(pick(candidates, "probe", budget=10).indices)
-
-
-def test_diverse_copes_with_equal_states() -> None:
-    candidates = make_candidates()._replace(states=np.ones((60, 8)))
-    assert len(set(pick(candidates, "probe_diverse", budget=30).indices.tolist())) == 30
 
 
 def test_two_axis_takes_what_is_most_likely_wrong_however_sure_the_model_is() -> None:
@@ -189,7 +170,10 @@ def test_two_axis_explores_most_where_known_mistakes_are_like() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_parts", [1, 3, 20])
-def test_a_shortlist_of_parts_comes_to_what_is_chosen_from_all_at_once(kind: str, num_parts: int) -> None:
+def test_a_shortlist_of_parts_comes_to_what_is_chosen_from_all_at_once(
+    kind: str, num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread_strategies, "MAX_COMPARED", 30)
     whole = make_candidates(6000)
     config = SelectionConfig(kind=kind, budget=12, explore=0.25)
     shortlist = Shortlist(config, 5)
@@ -197,7 +181,7 @@ def test_a_shortlist_of_parts_comes_to_what_is_chosen_from_all_at_once(kind: str
         shortlist.add(whole.take(rows))
     kept = shortlist.candidates()
     assert shortlist.num_seen == 6000
-    assert len(kept.question_ids) <= 3 * 12
+    assert len(kept.question_ids) <= (30 if kind in SelectionConfig.COMPARED else 3 * 12)
     chosen, expected = (select(candidates, config, 5) for candidates in (kept, whole))
     assert [kept.question_ids[row] for row in chosen.indices] == [whole.question_ids[row] for row in expected.indices]
     np.testing.assert_array_equal(chosen.scores, expected.scores)
@@ -216,29 +200,37 @@ def test_a_budget_above_the_candidates_is_a_budget_error(kind: str) -> None:
         pick(make_candidates(), kind, budget=61)
 
 
-def test_semantic_entropy_without_samples_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="all candidates"):
-        pick(make_candidates()._replace(entropy=None), "semantic_entropy")
+@pytest.mark.parametrize(
+    ("kind", "column"),
+    [("semantic_entropy", "entropy"), ("entropy", "predictive_entropy"), ("perplexity", "perplexity")],
+)
+def test_a_strategy_without_what_it_ranks_by_is_a_config_error(kind: str, column: str) -> None:
+    with pytest.raises(ConfigError, match=f"{kind} needs .* of all candidates"):
+        pick(make_candidates()._replace(**{column: None}), kind)
 
 
-def test_diverse_without_states_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="hidden states"):
-        pick(make_candidates()._replace(states=None), "probe_diverse")
+@pytest.mark.parametrize("kind", ["probe_diverse", *SelectionConfig.COMPARED])
+def test_a_strategy_that_spreads_without_states_is_a_config_error(kind: str) -> None:
+    with pytest.raises(ConfigError, match=f"{kind} needs the hidden states"):
+        pick(make_candidates()._replace(states=None), kind)
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValidationError, match="badge"):
-        SelectionConfig(kind="badge")
+    with pytest.raises(ValidationError, match="bald"):
+        SelectionConfig(kind="bald")
     with pytest.raises(ConfigError, match="my_package:MyStrategy"):
         pick(make_candidates(), "my_package:MyStrategy")
 
 
-@pytest.mark.parametrize("kind", ["probe", "probe_diverse", "semantic_entropy"])
+@pytest.mark.parametrize(
+    "kind", ["probe", "known", "probe_diverse", "semantic_entropy", "entropy", "perplexity", "badge"]
+)
 def test_a_value_that_is_not_finite_names_the_question(kind: str) -> None:
     candidates = make_candidates()
-    candidates.score[7] = np.nan
-    assert candidates.entropy is not None
-    candidates.entropy[7] = np.nan
+    columns = (candidates.score, candidates.p_unknown, candidates.entropy, candidates.predictive_entropy)
+    for column in (*columns, candidates.perplexity):
+        assert column is not None
+        column[7] = np.nan
     with pytest.raises(ValueError, match="q7"):
         pick(candidates, kind)
 
