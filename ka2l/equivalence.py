@@ -6,6 +6,7 @@ arXiv 2302.09664; Farquhar et al. 2024, doi 10.1038/s41586-024-07421-0) fixes th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from pydantic import Field, model_validator
 
 from ka2l.errors import ConfigError, EngineError, ModelError
+from ka2l.lexical import same_answer
 from ka2l.metrics import exact_match, token_f1
 from ka2l.models import encoder_max_length
-from ka2l.normalise import same_answer, surface_key
+from ka2l.normalise import surface_key
 from ka2l.section import Section
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Equivalence(Protocol):
 
 
 class LexicalEquivalence:
-    """Same words, numbers and dates up to spelling and added detail; see :func:`ka2l.normalise.same_answer`."""
+    """Same words, numbers and dates up to spelling and added detail; see :func:`ka2l.lexical.same_answer`."""
 
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
         """See :class:`Equivalence`."""
@@ -377,7 +379,7 @@ class Grade(NamedTuple):
     """One answer against its references."""
 
     correct: bool
-    """Equivalent to a reference, or an exact match."""
+    """Equivalent to a reference, an exact match, or a list of several references and nothing else."""
     exact_match: bool
     """The normalised text equals a reference's."""
     token_f1: float
@@ -393,20 +395,26 @@ def grade_answers(
         questions: one text a question.
         answers: one answer a question.
         references: the accepted answers of each question; with none, no answer is correct.
-        equivalence: asked only where no reference matches exactly; ``left`` is the answer, ``right`` the reference.
+        equivalence: asked only where text alone does not decide; ``left`` is the answer, ``right`` the reference.
     """
     rows = list(zip(questions, answers, references, strict=True))
     exact = [exact_match(answer, accepted) for _, answer, accepted in rows]
+    correct = [same or _lists(answer, accepted) for same, (_, answer, accepted) in zip(exact, rows, strict=True)]
     pairs = [
         (i, question, answer, reference)
         for i, (question, answer, accepted) in enumerate(rows)
-        if not exact[i] and surface_key(answer)
+        if not correct[i] and surface_key(answer)
         for reference in dict.fromkeys(accepted)
         if surface_key(reference)
     ]
-    correct = list(exact)
     if pairs:
         owners, *columns = zip(*pairs, strict=True)
         for owner, same in zip(owners, equivalence.equivalent(*columns), strict=True):
             correct[owner] = correct[owner] or same
     return [Grade(correct[i], exact[i], token_f1(answer, accepted)) for i, (_, answer, accepted) in enumerate(rows)]
+
+
+def _lists(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer is several accepted answers and nothing else: ``Joaquin Phoenix and Reese Witherspoon``."""
+    parts = re.split(r"[,;&]|\band\b", answer)
+    return len(parts) > 1 and all(exact_match(part, accepted) for part in parts)

@@ -29,7 +29,8 @@ from ka2l.equivalence import (
     parse_verdict,
 )
 from ka2l.errors import EngineError, ModelError
-from ka2l.normalise import same_answer, surface_key
+from ka2l.lexical import same_answer
+from ka2l.normalise import surface_key
 
 
 class Relation:
@@ -89,6 +90,19 @@ class Relation:
         ("who sang mary did you know", "Mary Did You Know was sung by Mark Lowry.", "Mark Lowry"),
         ("what is the capital of france", "The capital of France is Paris.", "Paris is the capital."),
         ("how many steps does the cn tower have", "The CN Tower has 2,579 steps.", "2579"),
+        ("", "between 1881 and 1885", "1881-1885"),
+        ("", "from 1881 to 1885", "1881 – 1885"),
+        ("when was the railway started and finished", "It was started in 1881 and completed in 1885.", "1881 to 1885"),
+        ("", "DMV", "Department of Motor Vehicles"),
+        ("", "LA", "Los Angeles"),
+        ("", "J.R.R. Tolkien", "John Ronald Reuel Tolkien"),
+        ("who is the father of the constitution", "B.R. Ambedkar is its father.", "Bhimrao Ramji Ambedkar"),
+        ("", "Dave Gahan", "David Gahan"),
+        ("", "Will Friedle", "William Alan Friedle"),
+        ("", "Charlie Chaplin", "Charles Spencer Chaplin"),
+        ("", "D\u00c3\u00a1in Ironfoot", "Dáin Ironfoot"),
+        ("", "200 to 500\u00c2\u00a0mg", "200-500 mg"),
+        ("", "10\u00e2\u20ac\u201c12 years", "10 to 12 years"),
         ("", "", "  "),
         ("", "...", ""),
     ],
@@ -129,6 +143,16 @@ def test_lexical_takes_spellings_of_one_answer_for_the_same(question: str, left:
         ("what is the capital of france", "The capital of France is not Paris.", "Paris"),
         ("who came first lincoln or washington", "Lincoln came first", "Washington came first"),
         ("", "$3", "He sells 12 for $18, so after $18 - $12 = $6 it is $3."),
+        ("", "1881-1885", "1881 or 1885"),
+        ("", "1881-1885", "not 1881 to 1885"),
+        ("", "1881 to 1885", "1881 to 1886"),
+        ("", "5 to 6 miles", "5 to 6 km"),
+        ("", "la", "Los Angeles"),
+        ("", "DMV", "Department of Health"),
+        ("", "B.R. Ambedkar", "Yashwant Ambedkar"),
+        ("", "Dave Gahan", "Daniel Gahan"),
+        ("", "Dave", "David Gahan"),
+        ("", "and", "to"),
         ("", "", "Paris"),
         ("", "+", "-"),
     ],
@@ -510,6 +534,19 @@ def test_grades_ask_only_where_no_reference_matches_exactly() -> None:
     ]
     assert relation.num_calls == 1
     assert relation.asked == [("q1", "Roma", "Paris"), ("q1", "Roma", "Rome"), ("q2", "Roma", "Paris")]
+
+
+def test_an_answer_that_lists_accepted_answers_alone_is_correct() -> None:
+    relation = Relation(lambda left, right: False)
+    accepted = ["Joaquin Phoenix", "Reese Witherspoon", "Simon and Garfunkel"]
+    answers = ["Reese Witherspoon and Joaquin Phoenix.", "Joaquin Phoenix, Tom Cruise", "Simon and Garfunkel", "and"]
+    grades = grade_answers(["who"] * 4, answers, [accepted] * 4, relation)
+    assert [(grade.correct, grade.exact_match) for grade in grades] == [
+        (True, False),
+        (False, False),
+        (True, True),
+        (False, False),
+    ]
 
 
 def test_nothing_to_grade_asks_nothing() -> None:
