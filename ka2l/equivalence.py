@@ -6,6 +6,7 @@ arXiv 2302.09664; Farquhar et al. 2024, doi 10.1038/s41586-024-07421-0) fixes th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from pydantic import Field, model_validator
 
 from ka2l.errors import ConfigError, EngineError, ModelError
+from ka2l.lexical import same_answer
 from ka2l.metrics import exact_match, token_f1
 from ka2l.models import encoder_max_length
-from ka2l.normalise import same_answer, surface_key
+from ka2l.normalise import surface_key
 from ka2l.section import Section
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Equivalence(Protocol):
 
 
 class LexicalEquivalence:
-    """Same words, numbers and dates up to spelling and added detail; see :func:`ka2l.normalise.same_answer`."""
+    """Same words, numbers and dates up to spelling and added detail; see :func:`ka2l.lexical.same_answer`."""
 
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
         """See :class:`Equivalence`."""
@@ -101,11 +103,7 @@ class NLIEquivalence:
         return _ask_open_pairs(questions, left, right, self._decide)
 
     def _decide(self, triples: list[tuple[str, str, str]]) -> list[bool]:
-        forward = [(f"{q} {a}", f"{q} {b}") for q, a, b in triples]
-        backward = [(b, a) for a, b in forward]
-        directed = list(dict.fromkeys(forward + backward))
-        entails = dict(zip(directed, self._entails(directed), strict=True))
-        return [entails[f] and entails[b] for f, b in zip(forward, backward, strict=True)]
+        return entail_each_other(triples, self._entails)
 
     def _entails(self, pairs: list[tuple[str, str]]) -> list[bool]:
         import torch
@@ -127,6 +125,29 @@ class NLIEquivalence:
             for row, label in zip(rows, labels, strict=True):
                 verdicts[row] = label == self._entailment
         return verdicts
+
+
+def entail_each_other(
+    triples: Sequence[tuple[str, str, str]], entails: Callable[[list[tuple[str, str]]], list[bool]]
+) -> list[bool]:
+    """Whether the two answers of each (question, answer, answer) entail each other in the question's context.
+
+    One direction is asked first, the other only where the first holds: a model call saved for every pair that differs.
+    First goes the shorter text as premise, since what says less seldom entails what says more.
+
+    Args:
+        triples: the pairs with their questions.
+        entails: for each (premise, hypothesis), whether the one entails the other; called at most twice, with
+            distinct pairs.
+    """
+    texts = [(f"{question} {a}", f"{question} {b}") for question, a, b in triples]
+    first = [(a, b) if len(a) <= len(b) else (b, a) for a, b in texts]
+    asked = list(dict.fromkeys(first))
+    held = dict(zip(asked, entails(asked), strict=True))
+    open_pairs = [pair for pair in dict.fromkeys((b, a) for a, b in first if held[a, b]) if pair not in held]
+    if open_pairs:
+        held.update(zip(open_pairs, entails(open_pairs), strict=True))
+    return [held[a, b] and held[b, a] for a, b in first]
 
 
 def entailment_label(config: Any, model: str) -> int:
@@ -294,7 +315,8 @@ class ClusterResult(NamedTuple):
     num_pairs_asked: int
     """Pairs (answer, representative) that the equivalence was asked."""
     num_pairs_full: int
-    """Pairs of every answer, duplicates too, with every representative before it: what plain clustering compares."""
+    """Pairs of every answer, duplicates too, with every representative before it: what the loop of the public code
+    for semantic entropy compares, which asks a representative about all later answers."""
 
 
 def cluster_answers(
@@ -309,9 +331,9 @@ def cluster_answers(
 
     Answers of one question with the same :func:`~ka2l.normalise.surface_key` are one answer, and the first spelling
     stands for all; an empty answer is equivalent to empty ones only. Under that reading the result is the plain greedy
-    algorithm's: a repeated answer meets the same representatives in the same order as its first occurrence, and the
-    representatives added since stand behind the one that took it. Pairs of all questions are asked together, round by
-    round: in round k every question compares its k-th distinct answer with its representatives.
+    algorithm's. It is asked column by column: the first answer without a cluster opens one, and all others without a
+    cluster are compared with it. So an answer meets the representatives in their order and no further than the first
+    that takes it, and pairs of all questions are asked together, in as many calls as a question has clusters.
     """
     keys = [[surface_key(answer) for answer in row] for row in answers]
     first_spellings: list[dict[str, str]] = [{} for _ in answers]
@@ -319,34 +341,35 @@ def cluster_answers(
         for answer, key in zip(row, row_keys, strict=True):
             spellings.setdefault(key, answer)
 
-    cluster_of: list[dict[str, int]] = [{} for _ in answers]
-    representatives: list[dict[int, str]] = [{} for _ in answers]
+    leaders: list[dict[str, str]] = [{"": ""} for _ in answers]
+    waiting = [[key for key in spellings if key] for spellings in first_spellings]
     num_asked = 0
-    for round_index in range(max(map(len, first_spellings), default=0)):
-        turns = [
-            (q, *list(spellings.items())[round_index])
-            for q, spellings in enumerate(first_spellings)
-            if round_index < len(spellings)
-        ]
-        pairs = [(q, key, answer, c, rep) for q, key, answer in turns if key for c, rep in representatives[q].items()]
+    while any(waiting):
+        pairs = [(q, key, row[0]) for q, row in enumerate(waiting) for key in row[1:]]
+        for known, row in zip(leaders, waiting, strict=True):
+            known.update({key: key for key in row[:1]})
         if pairs:
             verdicts = equivalence.equivalent(
-                [questions[q] for q, *_ in pairs], [p[2] for p in pairs], [p[4] for p in pairs]
+                [questions[q] for q, _, _ in pairs],
+                [first_spellings[q][key] for q, key, _ in pairs],
+                [first_spellings[q][leader] for q, _, leader in pairs],
             )
             num_asked += len(pairs)
-            for (q, key, _, cluster, _), same in zip(pairs, verdicts, strict=True):
+            for (q, key, leader), same in zip(pairs, verdicts, strict=True):
                 if same:
-                    cluster_of[q].setdefault(key, cluster)
-        for q, key, answer in turns:
-            if key not in cluster_of[q]:
-                cluster_of[q][key] = len(set(cluster_of[q].values()))
-                if key:
-                    representatives[q][cluster_of[q][key]] = answer
+                    leaders[q][key] = leader
+        waiting = [[k for k in row if k not in known] for known, row in zip(leaders, waiting, strict=True)]
 
-    ids = [[clusters[key] for key in row] for clusters, row in zip(cluster_of, keys, strict=True)]
+    ids = [_numbered([known[key] for key in row]) for known, row in zip(leaders, keys, strict=True)]
     # Clusters are numbered as they open, so the representatives before an answer are the largest id so far plus one.
     num_full = sum(largest + 1 for row in ids for largest in accumulate(row[:-1], max))
     return ClusterResult(ids, num_asked, num_full)
+
+
+def _numbered(names: Sequence[str]) -> list[int]:
+    """Each name's number in order of first appearance."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(name, len(numbers)) for name in names]
 
 
 # --- grades ----------------------------------------------------------------------------------------------------------
@@ -356,7 +379,7 @@ class Grade(NamedTuple):
     """One answer against its references."""
 
     correct: bool
-    """Equivalent to a reference, or an exact match."""
+    """Equivalent to a reference, an exact match, or a list of several references and nothing else."""
     exact_match: bool
     """The normalised text equals a reference's."""
     token_f1: float
@@ -372,20 +395,26 @@ def grade_answers(
         questions: one text a question.
         answers: one answer a question.
         references: the accepted answers of each question; with none, no answer is correct.
-        equivalence: asked only where no reference matches exactly; ``left`` is the answer, ``right`` the reference.
+        equivalence: asked only where text alone does not decide; ``left`` is the answer, ``right`` the reference.
     """
     rows = list(zip(questions, answers, references, strict=True))
     exact = [exact_match(answer, accepted) for _, answer, accepted in rows]
+    correct = [same or _lists(answer, accepted) for same, (_, answer, accepted) in zip(exact, rows, strict=True)]
     pairs = [
         (i, question, answer, reference)
         for i, (question, answer, accepted) in enumerate(rows)
-        if not exact[i] and surface_key(answer)
+        if not correct[i] and surface_key(answer)
         for reference in dict.fromkeys(accepted)
         if surface_key(reference)
     ]
-    correct = list(exact)
     if pairs:
         owners, *columns = zip(*pairs, strict=True)
         for owner, same in zip(owners, equivalence.equivalent(*columns), strict=True):
             correct[owner] = correct[owner] or same
     return [Grade(correct[i], exact[i], token_f1(answer, accepted)) for i, (_, answer, accepted) in enumerate(rows)]
+
+
+def _lists(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer is several accepted answers and nothing else: ``Joaquin Phoenix and Reese Witherspoon``."""
+    parts = re.split(r"[,;&]|\band\b", answer)
+    return len(parts) > 1 and all(exact_match(part, accepted) for part in parts)

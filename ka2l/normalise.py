@@ -1,14 +1,13 @@
 """Short answers as comparable tokens: words without case and accents, numbers as values, dates as calendar fields.
 
 ``1,000``, ``1000.0`` and ``one thousand`` become one :class:`Number`; ``Dec 14, 1972`` and ``1972-12-14`` one
-:class:`Date`. What two token lists have to share to mean the same is decided in :mod:`ka2l.equivalence`.
+:class:`Date`. What two token lists have to share to mean the same is decided in :mod:`ka2l.lexical`.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,9 +51,24 @@ def surface_key(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(_EDGE)
 
 
+def unmangle(text: str) -> str:
+    """The text as it was before UTF-8 was read as Windows-1252 or Latin-1 (``DÃ¡in``); as it is where it was not."""
+    if not _MANGLED.isdisjoint(text):
+        for encoding in ("cp1252", "latin-1"):
+            try:
+                return text.encode(encoding).decode("utf-8")
+            except UnicodeError:
+                continue
+    return text
+
+
+#: What the first byte of most two- and three-byte characters is read as.
+_MANGLED = frozenset("ÂÃÄÅâ")
+
+
 def fold(text: str) -> str:
-    """Unicode-compatible, lower-case text without accents, one blank between words."""
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    """Unicode-compatible, lower-case text without accents and mangled bytes, one blank between words."""
+    decomposed = unicodedata.normalize("NFKD", unmangle(text)).casefold()
     return " ".join("".join(c for c in decomposed if not unicodedata.combining(c)).split())
 
 
@@ -238,137 +252,3 @@ def _leading_number(tokens: list[Token]) -> tuple[Decimal, int]:
             break
         length = position + 1
     return total + current, length
-
-
-# --- comparison ------------------------------------------------------------------------------------------------------
-
-_FILLERS = frozenset(
-    _words(
-        "the a an of in on at by is was were are be been being it its he she his her they their that this these those "
-        "there as which who i think answer according about around approximately roughly nearly circa exactly utc gmt "
-        "ad ce monday tuesday wednesday thursday friday saturday sunday mr mrs ms dr sir jr"
-    )
-)
-_VERBS = frozenset(map(singular, _words("is was were are has had have did does do be been began")))
-#: Words that turn what they stand beside into another thing, or list several things: never mere detail.
-_CRUCIAL = frozenset(
-    _words(
-        "and or not no never none neither nor non without except than vice square cubic nautical light per half "
-        "new old north south east west northern southern eastern western great upper lower"
-    )
-)
-
-
-def same_answer(question: str, left: str, right: str) -> bool:
-    """Whether two short answers to a question say the same, judged by their words, numbers and dates alone.
-
-    They do when they share all tokens in any order, or when one only adds detail to the other: a unit (``5 miles``,
-    ``5``), the fields of a date, a middle name, the region of a place (``Austin, Texas``), a title before a name, or
-    the words of the question around it in a full sentence. Words that make a difference (``not``, ``north``, ``and``)
-    and further numbers are never detail.
-    """
-    a, b = _contentful(tokenize(left)), _contentful(tokenize(right))
-    if not a or not b:
-        return surface_key(left) == surface_key(right)
-    if _same_tokens(a, b) or _same_letters(a, b) or _same_letters(tokenize(left), tokenize(right)):
-        return True
-    asked = frozenset(tokenize(question))
-    short, long, text = (a, b, right) if len(a) <= len(b) else (b, a, left)
-    if _adds_detail(asked, short, long, text):
-        return True
-    return _in_sentence(asked, a, b, left) or _in_sentence(asked, b, a, right)
-
-
-def _contentful(tokens: tuple[Token, ...]) -> list[Token]:
-    content = [t for t in tokens if t not in _FILLERS]
-    return content or list(tokens)
-
-
-def _agree(left: Token, right: Token) -> bool:
-    if isinstance(left, Date) and isinstance(right, Date):
-        return dates_agree(left, right)
-    if isinstance(left, Date) and isinstance(right, Number):
-        return any(r.year == right.value for r in left.readings)
-    if isinstance(left, Number) and isinstance(right, Date):
-        return _agree(right, left)
-    return left == right
-
-
-def _same_letters(a: Sequence[Token], b: Sequence[Token]) -> bool:
-    """Whether the words agree once written together: ``head-up``, ``headup``. Digits stay apart: ``1 2``, ``12``."""
-    joined = ["".join(t if isinstance(t, str) else "0" for t in tokens) for tokens in (a, b)]
-    return joined[0] == joined[1] and not any(c.isdigit() for c in joined[0])
-
-
-def _surplus(short: list[Token], long: list[Token]) -> list[Token] | None:
-    """What is left of ``long`` without ``short``'s tokens, or None where it does not hold them all."""
-    rest = list(long)
-    for token in short:
-        index = next((i for i, other in enumerate(rest) if _agree(token, other)), None)
-        if index is None:
-            return None
-        del rest[index]
-    return rest
-
-
-def _same_tokens(a: list[Token], b: list[Token]) -> bool:
-    return _surplus([t for t in a if t != "and"], [t for t in b if t != "and"]) == []
-
-
-def _is_detail(surplus: list[Token]) -> bool:
-    return all(isinstance(t, str) and t not in _CRUCIAL for t in surplus)
-
-
-def _adds_detail(asked: frozenset[Token], short: list[Token], long: list[Token], long_text: str) -> bool:
-    """Whether ``long`` is ``short`` with a unit, a title, middle names, or a region or gloss set off by punctuation."""
-    surplus = _surplus(short, long)
-    if surplus is None:
-        return _same_name(short, long)
-    segments = [s for s in re.split(r"[,(\[;:]", long_text) if tokenize(s)]
-    if len(segments) == 2 and any(_same_tokens(short, _contentful(tokenize(s))) for s in segments):
-        return "or" not in surplus and "not" not in surplus
-    if not _is_detail(surplus):
-        return False
-    if isinstance(short[0], Number):
-        return len(surplus) <= 3 and any(isinstance(t, Number) for t in long[:2])
-    if asked.issuperset(surplus):
-        return True
-    starts = _agrees_at(short, long, 0) and len(short) > 1
-    ends = _agrees_at(short, long, len(long) - len(short))
-    return starts or ends or _same_name(short, long)
-
-
-def _same_name(short: list[Token], long: list[Token]) -> bool:
-    """First and last word alike, those between left out or cut to initials: ``J. R. R. Tolkien``, ``John Tolkien``."""
-    if not 2 <= len(short) <= len(long) <= 5 or not _agree(short[-1], long[-1]) or not _is_detail(short + long):
-        return False
-    rest = iter(str(t) for t in long[:-1])
-    names = [str(t) for t in short[:-1]]
-    if not _initial_agrees(names[0], str(long[0])):
-        return False
-    return all(any(_initial_agrees(name, other) for other in rest) for name in names)
-
-
-def _initial_agrees(a: str, b: str) -> bool:
-    return a == b or (min(len(a), len(b)) == 1 and a[0] == b[0])
-
-
-def _agrees_at(short: list[Token], long: list[Token], start: int) -> bool:
-    window = long[start : start + len(short)]
-    return len(window) == len(short) and all(map(_agree, short, window))
-
-
-def _in_sentence(asked: frozenset[Token], sentence: list[Token], answer: list[Token], sentence_text: str) -> bool:
-    """Whether a full sentence states the answer and nothing that contradicts it."""
-    words = tokenize(sentence_text)
-    if not (len(words) >= 4 and not _VERBS.isdisjoint(words)) and len(sentence) <= 6:
-        return False
-    core = [t for t in sentence if t not in asked]
-    if core and (_same_tokens(core, answer) or _adds_detail(asked, core, answer, "")):
-        return True
-    start = next((i for i in range(len(sentence)) if _agrees_at(answer, sentence, i)), None)
-    if start is None:
-        return False
-    rest = [t for t in sentence[:start] + sentence[start + len(answer) :] if t not in asked]
-    numeric = any(not isinstance(t, str) for t in answer)
-    return not any(t in _CRUCIAL - {"and"} or (numeric and not isinstance(t, str)) for t in rest)
