@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bench_public import testbed_of
 from machine import write_result
 
 HERE = Path(__file__).resolve()
@@ -126,12 +127,7 @@ def prepare(work: Path) -> dict[int, str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from engine.cli import cache_dir
-    from engine.config import load_config
-    from ka2l.testbed import cached_testbed
-
-    config = load_config("quickstart", ["testbed.outside_share=0"]).testbed
-    testbed = cached_testbed(config, cache_dir() / "testbeds")
+    testbed = testbed_of(0)
     lines = [testbed.pool.read_text(), (testbed.directory / "background.jsonl").read_text()]
     texts = [json.loads(line)["question"] for part in lines for line in part.splitlines()]
     texts = list(dict.fromkeys(texts))[: max(POOLS)]

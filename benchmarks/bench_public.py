@@ -40,6 +40,7 @@ import numpy as np
 from machine import RESULTS, write_result
 
 HERE = Path(__file__).resolve()
+TESTBED = ("testbed.num_people=200", "testbed.partly_share=0.2", "testbed.outside_share=0")
 STAGES = ("imports", "engine_start", "sample", "low_temperature", "states_start", "states", "cluster_start", "cluster",
           "label", "probe")  # fmt: skip
 #: What prepares work and does none: left out of "without start-up".
@@ -47,12 +48,12 @@ START_UP = ("imports", "engine_start", "states_start", "cluster_start")
 
 
 def testbed_of(seed: int) -> Any:
-    """The testbed of the quickstart's shape with this seed, without facts outside the pool."""
+    """A testbed of 280 people with this seed, 1,400 questions beside those that evaluate."""
     from engine.cli import cache_dir
     from engine.config import load_config
     from ka2l.testbed import cached_testbed
 
-    config = load_config("quickstart", ["testbed.outside_share=0", f"testbed.seed={seed}"]).testbed
+    config = load_config("quickstart", [*TESTBED, f"testbed.seed={seed}"]).testbed
     return cached_testbed(config, cache_dir() / "testbeds")
 
 

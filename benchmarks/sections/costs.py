@@ -12,6 +12,8 @@ from tables import figure, table
 TITLE = "Cost of every stage, beside its floor"
 COMMAND = "python benchmarks/bench_costs.py"
 FACTORS = {"num_questions": "questions", "num_samples": "samples", "num_layers": "layers", "width": "width"}
+#: Stages that run a model are measured at other widths with fewer questions than the default has.
+WIDTH_APART = ("sample", "extract", "tune")
 #: Beyond this many times its floor a stage is on the list of losses.
 FAR = 3.0
 FLOORS = {
@@ -34,15 +36,16 @@ def section(result: dict[str, Any]) -> Section:
     at, floors = result["default"], result["floors"]
     header = ["stage", "seconds", "peak MiB", *(f"by {name}" for name in FACTORS.values()), "floor in", "floor, s",
               "seconds / floor"]  # fmt: skip
-    wide = {stage: largest_width(result, stage) for stage in ("sample", "extract", "tune")}
+    wide = {stage: largest_width(result, stage) for stage in WIDTH_APART}
     shares = "; ".join(
         f"{stage} {p['seconds'] / p['floor_s']:.1f} at width {p['width']}" for stage, p in wide.items() if p
     )
     text = f"""At {at["num_questions"]:,} questions, {at["num_samples"]} samples, {at["num_layers"]} layers and width
-{at["width"]}, on {result["threads"]} threads, without Ray. "By" is the exponent of growth in that factor, the slope of log
-seconds against log factor with all others fixed: 1 is proportional, a dash where the stage does not depend on it. Floors:
-{floors["flop_per_s"] / 1e9:,.0f} GFLOP/s of a large float32 product, {floors["bytes_per_s"] / 1e6:,.0f} MB/s of disk,
-{_pace(result):,.0f} tokens/s of the engine with 256 long answers, all measured in the same run.
+{at["width"]}, on {result["threads"]} threads, without Ray. "By" is the exponent of growth in that factor, the slope of
+log seconds against log factor with all others fixed: 1 is proportional, a dash where the stage does not depend on it
+or that was not varied. Floors: {floors["flop_per_s"] / 1e9:,.0f} GFLOP/s of a large float32 product,
+{floors["bytes_per_s"] / 1e6:,.0f}
+MB/s of disk, {_pace(result):,.0f} tokens/s of the engine with 256 long answers, all measured in the same run.
 
 {table(header, rows)}
 
@@ -63,13 +66,8 @@ def default(result: dict[str, Any], stage: str) -> dict[str, Any]:
 def points_of(result: dict[str, Any], stage: str, factor: str) -> list[dict[str, Any]]:
     """Measurements in which this factor varies and nothing else, by its value."""
     found = [p for p in result["points"] if p["stage"] == stage and p["factor"] == factor]
-    # Where models run, widths are measured at another size than the default's.
-    if (
-        found
-        and len({(p["num_questions"], p["num_layers"]) for p in [default(result, stage), *found]}) == 1
-        or (factor != "width")
-    ):
-        found += [default(result, stage)] if found else []
+    if found and not (factor == "width" and stage in WIDTH_APART):
+        found.append(default(result, stage))
     return sorted(found, key=lambda p: p[factor])
 
 

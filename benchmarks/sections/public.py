@@ -6,9 +6,8 @@ import statistics
 from typing import Any
 
 from pages import Section
-from tables import figure, interval, percent, table
-
 from public_probe import difference
+from tables import figure, interval, percent, table
 
 TITLE = "From questions to a probe, against the published KA2L code's procedure"
 COMMAND = "python benchmarks/bench_public.py"
@@ -36,22 +35,23 @@ def section(result: dict[str, Any]) -> Section:
     for name, (theirs, mine) in ratios.items():
         rows.append(_row(f"**{name}**", theirs, mine))
     asked, same, peak = timing["num_comparisons"], timing["agreement"], timing["peak_mib"]
-    text = f"""The published code's procedure, written again: ten passes of one sample, `generate` with the states of all
-tokens kept to read one, every pair of answers compared both ways, a SwiGLU probe of hidden width
+    text = f"""The published code's procedure, written again: ten passes of one sample, `generate` with the states of
+all tokens kept to read one, every pair of answers compared both ways, a SwiGLU probe of hidden width
 {result["settings"]["swiglu_hidden"]:,} for one layer after the other. Both sides ask the testbed's model
 {timing["num_questions"]} questions, on the same vLLM with the same engine arguments, and the same cross-encoder (random
-weights that are paid for, the lexical rule for a verdict). Seconds, medians of {result["settings"]["repeats"]} runs of each
-side in turns.
+weights that are paid for, the lexical rule for a verdict). Seconds, medians of {result["settings"]["repeats"]} runs of
+each side in turns.
 
 {table(["stage", "published", "KA2L", "published / KA2L"], rows)}
 
 Comparisons of answers, directed: {asked["public"]:,} published, {asked["ours"]:,} here
-({percent(asked["ours"] / asked["public"], 1)}). Peak memory: {peak["public"] / 1024:.1f} and {peak["ours"] / 1024:.1f} GiB.
+({percent(asked["ours"] / asked["public"], 1)}). Peak memory: {peak["public"] / 1024:.1f} and
+{peak["ours"] / 1024:.1f} GiB.
 
 Both come to the same: with the same seeds, all samples agree for {percent(same["share_same_samples"], 1)} of the
 questions; the greedy answers for {percent(same["share_same_greedy"], 1)}; the clusters of the same samples for
-{percent(same["share_same_clusters"], 1)}; states differ by at most {same["max_state_difference"]:.1g}. (At its temperature of
-0.1, {percent(same["share_low_temperature_greedy"], 1)} of its answers are the greedy ones.)
+{percent(same["share_same_clusters"], 1)}; states differ by at most {same["max_state_difference"]:.1g}. (At its
+temperature of 0.1, {percent(same["share_low_temperature_greedy"], 1)} of its answers are the greedy ones.)
 
 {_probes(result)}"""
     return Section(text, {}, losses(result))
@@ -88,9 +88,9 @@ def _probes(result: dict[str, Any]) -> str:
             rows.append(cells)
     first = next(iter(result["probes"].values()))
     header = ["probe", "AUROC for unknown", "less published", "AUROC for a wrong answer", "less published"]
-    return f"""The probes themselves, fitted on the same {first["num_fit"]} questions (a fifth of them to choose the layer)
-and measured on {first["num_rows"] - first["num_fit"]:,} about other people; means over {len(first["arms"]["public"])} splits,
-differences paired by split with 95 % intervals (Student's t):
+    return f"""The probes themselves, fitted on the same {first["num_fit"]} questions (a fifth of them to choose the
+layer) and measured on {first["num_rows"] - first["num_fit"]:,} about other people; means over
+{len(first["arms"]["public"])} splits, differences paired by split with 95 % intervals (Student's t):
 
 {table(header, rows)}"""
 
