@@ -25,11 +25,12 @@ from machine import latest_result, write_result
 from scipy.stats import ttest_rel
 from worlds import WORLDS, add_data_option, open_lab
 
+from ka2l.candidates import Candidates
 from ka2l.evidence import combine
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.perplexity import PerplexityScorer, fact_tokens
 from ka2l.seeds import row_seed
-from ka2l.selection import STRATEGIES, Candidates, SelectionConfig, select
+from ka2l.selection import STRATEGIES, SelectionConfig, select
 
 #: Shares of the candidates that are annotated.
 BUDGETS = (0.125, 0.25, 0.5)
