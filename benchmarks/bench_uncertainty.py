@@ -25,6 +25,7 @@ from lab import Lab
 from machine import write_result
 from worlds import add_data_option, open_lab
 
+from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.labels import split_seed_questions
 from ka2l.metrics import auroc, auroc_with_ci
@@ -120,6 +121,7 @@ def figures(lab: Lab) -> dict[str, Any]:
         "by_layer": by_layer(lab, ours, targets["wrong"]),
         "components": components(lab, ours, names, targets["unknown"]),
         "by_num_samples": by_num_samples(lab, targets["wrong"]),
+        "stop_early": [stop_early(lab, names, targets["wrong"], most) for most in (NUM_SAMPLES, NUM_DRAWN)],
         "by_num_seed": by_num_seed(lab, labels.unknown, targets["wrong"]),
     }
 
@@ -162,6 +164,32 @@ def by_num_samples(lab: Lab, wrong: np.ndarray) -> list[dict[str, Any]]:
         found = {"semantic_entropy": entropy, "probe": score(lab, probe, names)}
         rows.append({"num_samples": count} | {name: auroc(wrong, values) for name, values in found.items()})
     return rows
+
+
+def stop_early(lab: Lab, names: Sequence[str], wrong: np.ndarray, most: int) -> dict[str, Any]:
+    """`sampler.stop_early` against all ``most`` answers, and against the same number of answers for every question.
+
+    The answers of a question are the first of those that were drawn, as the engine's are.
+    """
+    ids = lab.clusters(names, most)
+    counts = []
+    for name in names:
+        answers = lab.observed[name].answers[:most]
+        count = min(FIRST, most)
+        while count < most and not is_settled(answers[:count]):
+            count = min(most, count + WAVE)
+        counts.append(count)
+    stopped = np.array([expected_entropy(found[:count]) for found, count in zip(ids, counts, strict=True)])
+    whole = lab.uncertainty(names, most)["semantic_entropy"]
+    as_many = lab.uncertainty(names, round(float(np.mean(counts))))["semantic_entropy"]
+    return {
+        "num_samples": most,
+        "share_drawn": np.mean(counts) / most,
+        "auroc": auroc(wrong, stopped),
+        "auroc_all": auroc(wrong, whole),
+        "auroc_as_many_each": auroc(wrong, as_many),
+        "difference": difference(wrong, stopped, whole, lab.seed),
+    }
 
 
 def by_num_seed(lab: Lab, unknown: np.ndarray, wrong: np.ndarray) -> list[dict[str, Any]]:

@@ -107,6 +107,20 @@ def bars(title: str, y_label: str, values: Mapping[str, Sequence[float | None]],
         return _svg(figure)
 
 
+def points(title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """A cloud of points (x, y) for each name."""
+    with mpl.rc_context(STYLE):
+        figure, axes = _axes(title, 7.2, 4.2)
+        for index, (name, rows) in enumerate(series.items()):
+            x, y = zip(*rows, strict=True) if rows else ((), ())
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            axes.plot(x, y, linestyle="", markersize=3.5, alpha=0.6, label=name, **style)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        return _svg(figure)
+
+
 def _axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:
     """An empty figure, inches; no pyplot, so nothing is kept between charts."""
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -24,6 +24,8 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 #: Modules of ``sections/``, in the order of a reader's interest.
 SECTIONS = [
+    "public",
+    "costs",
     "campaign",
     "axes",
     "decoder",

@@ -1,0 +1,114 @@
+"""Query strategies: learning curves, the area under them, and half the budget against everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from charts import lines
+from pages import Section
+from tables import figure, mean, percent, table
+
+TITLE = "Query strategies: which question is worth an annotation?"
+COMMAND = "python benchmarks/bench_strategies.py --worlds people entity_questions popqa"
+DEFAULT = "probe"
+ALPHA = 0.05
+#: World -> what it is called.
+WORLDS = {"people": "invented people", "entity_questions": "EntityQuestions", "popqa": "PopQA, by page views"}
+#: The same arm in a reader's words, where its name does not say it.
+NAMES = {"random_alone": "random, without rehearsal"}
+
+
+def section(result: dict[str, Any]) -> Section:
+    """Areas by world, curves, and what half of the annotations reach."""
+    budgets = ", ".join(percent(share, 1).replace(".0 ", " ") for share in result["settings"]["budgets"])
+    parts = [
+        f"""All strategies rank the same candidates by what the base model shows, once for each budget ({budgets} of
+the candidates); the same tuner with the same rehearsal follows, and unseen paraphrases of all candidates' facts are
+graded. The area is that under the learning curve from no annotation to the largest budget, divided by its width: mean
+accuracy over budgets. Ahead: how far `{DEFAULT}`, the default, is in front, paired over seeds, with the p-value of a
+t-test."""
+    ]
+    charts = {}
+    for world, compared in result["comparison"].items():
+        runs = list(result["by_world"][world].values())
+        parts.append(f"### {WORLDS[world]}")
+        parts.append(described(runs, compared))
+        parts.append(areas(compared["areas"]))
+        charts[f"curves-{world.replace('_', '-')}"] = lines(
+            f"Accuracy against annotations, {WORLDS[world]}, mean of {len(runs)} seeds",
+            "annotated, share of the candidates",
+            "accuracy on unseen paraphrases",
+            curves(runs, result["settings"]["budgets"]),
+        )
+    return Section("\n\n".join(parts), charts, losses(result))
+
+
+def described(runs: list[dict[str, Any]], compared: dict[str, Any]) -> str:
+    """The world's size, and what half of the annotations come to."""
+    half, found = compared["half_budget"], runs[0]
+    scores = {name: mean(run["auroc_wrong"][name] for run in runs) for name in found["auroc_wrong"]}
+    return f"""{len(runs)} {"seeds" if len(runs) > 1 else "seed"}, {found["num_candidates"]:,} candidates each, of
+which the base model answers {percent(half["unknown_share"])} wrongly. Half of them annotated by `{DEFAULT}`:
+{figure(half["default"])}; all of them: {figure(half["all"])}; within the 95 % interval of all on
+{half["seeds_within_ci_of_all"]} of {len(runs)}. AUROC for wrong answers among the candidates: probe
+{figure(scores["probe"])}, semantic entropy {figure(scores["semantic_entropy"])}."""
+
+
+def areas(found: dict[str, dict[str, Any]]) -> str:
+    """A table, the largest area first."""
+    rows = [
+        [
+            f"**{NAMES.get(arm, arm)}**" if arm == DEFAULT else NAMES.get(arm, arm),
+            figure(row["area"]),
+            "" if arm == DEFAULT else figure(row["ahead"], sign=True),
+            "" if row["p"] is None else f"{row['p']:.2g}",
+        ]
+        for arm, row in sorted(found.items(), key=lambda item: -item[1]["area"])
+    ]
+    return table(["strategy", "area", "ahead", "p"], rows)
+
+
+def curves(runs: list[dict[str, Any]], budgets: list[float]) -> dict[str, list[tuple[float, float]]]:
+    """Mean accuracy over seeds at each budget, by strategy, the best at the end first."""
+    base = mean(run["base"]["accuracy"] for run in runs)
+    made = {
+        NAMES.get(arm, arm): [
+            (0.0, base),
+            *((share, mean(run["curves"][arm][at]["accuracy"] for run in runs)) for at, share in enumerate(budgets)),
+        ]
+        for arm in runs[0]["curves"]
+    }
+    return dict(sorted(made.items(), key=lambda item: -item[1][-1][1]))
+
+
+def losses(result: dict[str, Any]) -> list[str]:
+    """Strategies ahead of the default, or too close to tell; budgets that do not reach everything."""
+    found = []
+    for world, compared in result["comparison"].items():
+        num_seeds = len(result["by_world"][world])
+        ahead = [arm for arm, row in compared["areas"].items() if row["ahead"] < 0]
+        for arm in ahead:
+            row = compared["areas"][arm]
+            certainty = "one seed" if row["p"] is None else f"p = {row['p']:.2g}"
+            found.append(
+                f"On {WORLDS[world]} the strategy `{arm}` has the larger area: {figure(row['area'])} against "
+                f"{figure(compared['areas'][DEFAULT]['area'])} of `{DEFAULT}` ({certainty})."
+            )
+        close = [
+            arm
+            for arm, row in compared["areas"].items()
+            if arm not in (*ahead, DEFAULT) and (row["p"] is None or row["p"] >= ALPHA)
+        ]
+        if close and num_seeds > 1:
+            found.append(
+                f"On {WORLDS[world]} the default's lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
+                f"(p >= {ALPHA} over {num_seeds} seeds)."
+            )
+        half = compared["half_budget"]
+        if half["seeds_within_ci_of_all"] < num_seeds:
+            found.append(
+                f"On {WORLDS[world]} half of the annotations reach {figure(half['default'])}, all of them "
+                f"{figure(half['all'])}; {num_seeds - half['seeds_within_ci_of_all']} of {num_seeds} seeds are below "
+                "the interval of all."
+            )
+    return found
