@@ -1,12 +1,10 @@
-"""What should be annotated and tuned on: unknown, known, mixed or random questions, how many, and with what rehearsal?
+"""What should be annotated and tuned on: unknown, known, mixed or random questions, how many, with what rehearsal?
 
-On labs (see ``lab.py``), all arms tuned alike. *Unknown* and *known* are the ends of the probe's ranking, *mixed* is half
-of each, *random* is drawn. Each at 10 to 100 % of half of the candidates (all candidates for ``random``, of which the
-whole is the arm *all*), once with the model's own samples of the rest as rehearsal and once without; for unknown
-questions, too, with greedy answers and with the majority of the samples as rehearsal. The claim that half of the
-annotations do for all is counted gross, and net of what probing costs: the samples of the seed questions and one
-forward pass a question, in generated tokens and prefilled tokens against an annotation. About 15 minutes a seed on two
-cores.
+On labs (see ``lab.py``), all arms tuned alike. *Unknown* and *known* are the ends of the probe's ranking, *mixed* is
+half of each, *random* is drawn. Each at 10, 25 and 50 % of the candidates, with the model's own samples of the rest as
+rehearsal and without; unknown questions, too, with its greedy answers and with the majority of its samples; beside them
+*all*, every candidate annotated. What probing takes is counted in tokens, so that the claim that half of the annotations
+do for all can be read gross and net. About 15 minutes a seed on two cores.
 
     python benchmarks/bench_tuning.py --seeds 0 1 2
 """
@@ -82,8 +80,7 @@ def measured(
 
 
 def probing(lab: Lab) -> dict[str, int]:
-    """What the probe asked the model for, in tokens: samples of the seed questions, a prefill of every question; and the
-    rehearsal's samples."""
+    """Tokens that probing took: samples of the seed questions, a prefill of every question; and the rehearsal's."""
     tokenizer = lab.prompter.tokenizer
     answers = {
         split: sum(len(lab.observed[name].answers) for name in lab.ids(split)) for split in ("seed", "candidate")

@@ -27,7 +27,7 @@ from ka2l.labels import Labels, label_questions, split_seed_questions
 from ka2l.models import ModelConfig, load_tokenizer
 from ka2l.probe import Probe, fit_probe
 from ka2l.prompts import Prompter
-from ka2l.sampling import Request, TransformersSampler
+from ka2l.sampling import Generation, Request, TransformersSampler
 from ka2l.seeds import row_seed
 from ka2l.semantic_entropy import (
     discrete_semantic_entropy,
@@ -99,7 +99,7 @@ class Lab:
         if not file.exists():
             sampled = [name for name in self.rows if self.rows[name]["split"] in self.splits]
             greedy = self.greedy(list(self.rows))
-            drawn = dict(zip(sampled, self._sample(sampled), strict=True))
+            drawn = dict(zip(sampled, self.sample(sampled), strict=True))
             table = {
                 name: Observed(
                     [made.answer for made in drawn.get(name, [])],
@@ -113,7 +113,8 @@ class Lab:
             file.write_text(json.dumps(table), encoding="utf-8")
         return {name: Observed(*row) for name, row in json.loads(file.read_text(encoding="utf-8")).items()}
 
-    def _sample(self, names: Sequence[str], adapter: Path | None = None) -> list[list[Any]]:
+    def sample(self, names: Sequence[str], adapter: Path | None = None) -> list[list[Generation]]:
+        """``num_samples`` answers a question, of the base model or of a tuned one."""
         requests = [
             Request(
                 self.prompter.token_ids(self.rows[name]["question"]),

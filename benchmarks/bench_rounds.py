@@ -1,0 +1,218 @@
+"""Do several rounds win over one, and what makes them? Evidence, feedback and states, at the same budget.
+
+On labs (see ``lab.py``): three tenths of the candidates annotated, at once or in three rounds, always tuned from the
+base model with all annotations and with its own samples of the rest as rehearsal. Arms:
+
+    one_round           by the base model's probe
+    one_round_doubt     by the probe and by how far the samples drawn for rehearsal disagree
+    current_state       three rounds, each by a probe of the state tuned last alone
+    all_states          by the probes of all states so far
+    feedback            by the base model's probe, fitted again with what annotation said of right and wrong
+    feedback_doubt      the same and the samples' disagreement
+    default             the same and all later states' probes: what ``ka2l run`` does
+
+For each: wrong answers of the base model among what was annotated, and accuracy on unseen paraphrases. Then stopping:
+rounds of a tenth, by ``feedback_doubt``, with the accuracy after each and the share of the rest that is predicted
+unknown, and where three rules would have stopped. About 20 minutes a seed on two cores.
+
+    python benchmarks/bench_rounds.py --seeds 0 1 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from arms import seeded_parser
+from lab import Lab
+from machine import write_result
+from scipy.special import expit
+from scipy.stats import ttest_rel
+from worlds import WORLDS, add_data_option, open_lab
+
+from ka2l.equivalence import LexicalEquivalence, cluster_answers
+from ka2l.evidence import combine, doubt
+from ka2l.labels import label_questions
+from ka2l.metrics import auroc, proportion_with_ci
+from ka2l.probe import fit_probe
+from ka2l.seeds import row_seed
+from ka2l.semantic_entropy import discrete_semantic_entropy
+
+BUDGET = 0.3
+NUM_ROUNDS = 3
+#: Rounds of a tenth each, for the rules that stop.
+NUM_STEPS = 7
+#: Rules: the share of the rest that is predicted unknown, and points of accuracy gained by a round.
+UNKNOWN_SHARE, GAIN = 0.05, 0.01
+
+
+class Arm(NamedTuple):
+    """What ranks the candidates that are left."""
+
+    num_rounds: int = NUM_ROUNDS
+    base: bool = True
+    """The base model's probe."""
+    feedback: bool = False
+    """It is fitted again with the annotated questions."""
+    doubt: bool = False
+    """The base model's own samples of the candidates."""
+    later: bool = False
+    """Probes of the states tuned since."""
+
+
+ARMS = {
+    "one_round": Arm(num_rounds=1),
+    "one_round_doubt": Arm(num_rounds=1, doubt=True),
+    "current_state": Arm(base=False, later=True),
+    "all_states": Arm(later=True),
+    "feedback": Arm(feedback=True),
+    "feedback_doubt": Arm(feedback=True, doubt=True),
+    "default": Arm(feedback=True, doubt=True, later=True),
+}
+
+
+def run(lab: Lab, arm: Arm) -> dict[str, Any]:
+    """Rounds of one arm, and what they come to."""
+    ids, own = lab.ids("candidate"), lab.own_answers()
+    per_round = round(BUDGET * len(ids)) // arm.num_rounds
+    asked: list[str] = []
+    later: list[np.ndarray] = []
+    aurocs = []
+    for index in range(arm.num_rounds):
+        score = evidence(lab, arm, asked, later)
+        left = [row for row, name in enumerate(ids) if name not in set(asked)]
+        aurocs.append(auroc(~lab.correct([ids[row] for row in left]), score[left]))
+        asked += [ids[row] for row in sorted(left, key=lambda row: -score[row])[:per_round]]
+        if arm.later and index < arm.num_rounds - 1:
+            later.append(state_logits(lab, lab.tuned(asked, own, keep=True)[1]))
+    correct, _ = lab.tuned(asked, own)
+    share = proportion_with_ci(correct)
+    return {
+        "num_annotated": len(asked),
+        "num_wrong_found": int((~lab.correct(asked)).sum()),
+        "num_wrong": int((~lab.correct(ids)).sum()),
+        "auroc_wrong_of_the_rest": aurocs,
+        "accuracy": share.value,
+        "ci": [share.low, share.high],
+    }
+
+
+def evidence(lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarray]) -> np.ndarray:
+    """Log-odds of unknown of every candidate, shape (n,)."""
+    ids = lab.ids("candidate")
+    if not arm.base and later:
+        return later[-1]
+    base = base_logits(lab, asked if arm.feedback else [])
+    # As in the engine, the samples count from the second round on; in a single round they are an arm of their own.
+    own = own_doubt(lab, ids) if arm.doubt and (asked or arm.num_rounds == 1) else None
+    return combine(base, list(later), own)
+
+
+def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
+    """The base model's probe on every candidate, with ``asked`` as further training rows where there are any."""
+    ids, seeds, layer = lab.ids("candidate"), lab.ids("seed"), lab.probe.layer
+    states = lab.states(ids)[:, layer]
+    if not asked:
+        return lab.probe.predict_logit(states)
+    fitted = fit_probe(
+        lab.states([*seeds, *asked])[:, [layer]],
+        np.concatenate([lab.labels().unknown, ~lab.correct(asked)]),
+        [*(lab.probe_splits[name] for name in seeds), *["train"] * len(asked)],
+        [layer],
+        lab.config.probe,
+        row_seed(lab.seed, 1, "feedback", ""),
+    )
+    return fitted.predict_logit(states)
+
+
+def own_doubt(lab: Lab, names: Sequence[str]) -> np.ndarray:
+    """Log-odds that the base model disagrees with itself, shape (n,)."""
+    found = lab.clusters(names)
+    agreeing = np.array([max(map(ids.count, set(ids))) for ids in found])
+    return doubt(agreeing, np.array([len(ids) for ids in found]))
+
+
+def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
+    """A probe of a tuned state, fitted on its own samples of the seed questions, on every candidate."""
+    ids, seeds = lab.ids("candidate"), lab.ids("seed")
+    file = adapter.parent / "logits.npy"
+    if not file.exists():
+        answers = [[made.answer for made in row] for row in lab.sample(seeds, adapter)]
+        clusters = cluster_answers([lab.rows[name]["question"] for name in seeds], answers, LexicalEquivalence()).ids
+        splits = [lab.probe_splits[name] for name in seeds]
+        labels = label_questions(seeds, np.array([discrete_semantic_entropy(found) for found in clusters]), splits)
+        states = lab.extract([*seeds, *ids], adapter)
+        layers = range(states.shape[1])
+        seed = row_seed(lab.seed, 1, "probe", "")
+        fitted = fit_probe(states[: len(seeds)], labels.unknown, splits, layers, lab.config.probe, seed)
+        np.save(file, fitted.predict_logit(states[len(seeds) :]))
+    return np.load(file)
+
+
+def stopping(lab: Lab) -> dict[str, Any]:
+    """Rounds of a tenth, with what a rule could see after each."""
+    ids, own = lab.ids("candidate"), lab.own_answers()
+    arm = ARMS["feedback_doubt"]
+    base = lab.correct(lab.ids("eval")).mean()
+    rows = [{"num_annotated": 0, "accuracy": base, "predicted_unknown": None, "wrong_of_the_rest": None}]
+    asked: list[str] = []
+    for _ in range(NUM_STEPS):
+        score = evidence(lab, arm, asked, [])
+        left = [row for row, name in enumerate(ids) if name not in set(asked)]
+        rows[-1] |= {
+            "predicted_unknown": expit(score[left]).mean(),
+            "wrong_of_the_rest": (~lab.correct([ids[row] for row in left])).mean(),
+        }
+        asked += [ids[row] for row in sorted(left, key=lambda row: -score[row])[: len(ids) // 10]]
+        accuracy = lab.tuned(asked, own)[0].mean()
+        rows.append({"num_annotated": len(asked), "accuracy": accuracy, "predicted_unknown": None})
+    return {"num_candidates": len(ids), "rounds": rows, "rules": rules(rows)}
+
+
+def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Where each rule stops: the first state after which it would not go on; the last where it never stops."""
+    unknown = (i for i, row in enumerate(rows) if (row["predicted_unknown"] or 1.0) < UNKNOWN_SHARE)
+    slope = (i for i in range(1, len(rows)) if rows[i]["accuracy"] - rows[i - 1]["accuracy"] < GAIN)
+    last = len(rows) - 1
+    places = {"predicted unknown share": next(unknown, last), "slope of the curve": next(slope, last), "budget": last}
+    return {name: {key: rows[place][key] for key in ("num_annotated", "accuracy")} for name, place in places.items()}
+
+
+def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
+    """Every arm less one round by the probe, paired over seeds."""
+    final = {name: np.array([found["arms"][name]["accuracy"] for found in by_seed.values()]) for name in ARMS}
+    table = {}
+    for name, values in final.items():
+        ahead = values - final["one_round"]
+        p_value = float(ttest_rel(values, final["one_round"]).pvalue) if len(values) > 1 and ahead.any() else None
+        half = float(2.0 * ahead.std(ddof=1) / np.sqrt(len(ahead))) if len(ahead) > 1 else None
+        ci = None if half is None else [ahead.mean() - half, ahead.mean() + half]
+        table[name] = {"accuracy": values.mean(), "ahead_of_one_round": ahead.mean(), "ci": ci, "p": p_value}
+    return table
+
+
+def main() -> None:
+    """Parse arguments, run, write the result after every seed."""
+    parser = seeded_parser(__doc__, "rounds")
+    parser.add_argument("--world", choices=list(WORLDS), default="people")
+    add_data_option(parser)
+    arguments = parser.parse_args()
+    by_seed: dict[str, Any] = {}
+    for seed in arguments.seeds:
+        lab = open_lab(arguments.world, seed, arguments.work, arguments.data)
+        found: dict[str, Any] = {"base": lab.correct(lab.ids("eval")).mean(), "arms": {}}
+        for name, arm in ARMS.items():
+            found["arms"][name] = run(lab, arm)
+            print(lab.folder.name, name, found["arms"][name], flush=True)
+        found["stopping"] = stopping(lab)
+        by_seed[str(seed)] = found
+        settings = {"budget": BUDGET, "num_rounds": NUM_ROUNDS, "unknown_share": UNKNOWN_SHARE, "gain": GAIN}
+        result = {"world": arguments.world, "settings": settings, "by_seed": by_seed, "comparison": compare(by_seed)}
+        path = write_result("rounds", result, arguments.out)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
