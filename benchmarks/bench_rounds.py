@@ -29,7 +29,7 @@ from arms import seeded_parser
 from lab import Lab
 from machine import write_result
 from scipy.special import expit
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 from worlds import WORLDS, add_data_option, open_lab
 
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
@@ -187,7 +187,7 @@ def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
     for name, values in final.items():
         ahead = values - final["one_round"]
         p_value = float(ttest_rel(values, final["one_round"]).pvalue) if len(values) > 1 and ahead.any() else None
-        half = float(2.0 * ahead.std(ddof=1) / np.sqrt(len(ahead))) if len(ahead) > 1 else None
+        half = float(t.ppf(0.975, len(ahead) - 1) * ahead.std(ddof=1) / np.sqrt(len(ahead))) if len(ahead) > 1 else None
         ci = None if half is None else [ahead.mean() - half, ahead.mean() + half]
         table[name] = {"accuracy": values.mean(), "ahead_of_one_round": ahead.mean(), "ci": ci, "p": p_value}
     return table

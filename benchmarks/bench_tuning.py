@@ -1,10 +1,10 @@
 """What should be annotated and tuned on: unknown, known, mixed or random questions, how many, with what rehearsal?
 
 On labs (see ``lab.py``), all arms tuned alike. *Unknown* and *known* are the ends of the probe's ranking, *mixed* is
-half of each, *random* is drawn. Each at 10, 25 and 50 % of the candidates, with the model's own samples of the rest as
-rehearsal and without; unknown questions, too, with its greedy answers and with the majority of its samples; beside them
-*all*, every candidate annotated. What probing takes is counted in tokens, so that the claim that half of the annotations
-do for all can be read gross and net. About 15 minutes a seed on two cores.
+half of each, *random* is drawn. Each at 10, 25 and 50 % of the candidates, with the model's own samples of the rest
+as rehearsal and without; unknown questions, too, with its greedy answers and with the majority of its samples; beside
+them *all*, every candidate annotated. What probing takes is counted in tokens, so that the claim that half of the
+annotations do for all can be read gross and net. About 15 minutes a seed on two cores.
 
     python benchmarks/bench_tuning.py --seeds 0 1 2
 """

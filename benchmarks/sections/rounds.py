@@ -1,0 +1,106 @@
+"""Several rounds against one, and when to stop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from charts import lines
+from pages import Section
+from tables import figure, interval, mean, percent, table
+
+TITLE = "Rounds: which evidence lets several win over one?"
+COMMAND = "python benchmarks/bench_rounds.py --seeds 0 1 2"
+NAMES = {
+    "one_round": "one round, the probe",
+    "one_round_doubt": "one round, probe and samples' disagreement",
+    "current_state": "rounds, a probe of the last state",
+    "all_states": "rounds, probes of all states",
+    "feedback": "rounds, base probe fitted with annotations",
+    "feedback_doubt": "rounds, the same and samples' disagreement",
+    "default": "rounds, the same and later states (default)",
+}
+
+
+def section(result: dict[str, Any]) -> Section:
+    """Arms against one round, and the rules that stop."""
+    runs, settings = list(result["by_seed"].values()), result["settings"]
+    rows = []
+    for arm, name in NAMES.items():
+        found, compared = [run["arms"][arm] for run in runs], result["comparison"][arm]
+        rows.append(
+            [
+                name,
+                figure(mean(row["num_wrong_found"] / row["num_annotated"] for row in found)),
+                figure(mean(row["auroc_wrong_of_the_rest"][-1] for row in found)),
+                figure(compared["accuracy"]),
+                "" if arm == "one_round" else interval(compared["ahead_of_one_round"], compared["ci"], sign=True),
+            ]
+        )
+    text = f"""{percent(settings["budget"])} of the candidates annotated, at once or in {settings["num_rounds"]} rounds,
+tuned from the base model each time; {len(runs)} {"testbeds" if len(runs) > 1 else "testbed"}. Wrong: the share of the
+annotations that went to what the base model answers wrongly; AUROC for wrong answers among the rest, before the last
+selection; accuracy on unseen paraphrases, and how far it is ahead of one round.
+
+{table(["arm", "wrong", "AUROC", "accuracy", "ahead of one round"], rows)}
+
+{stopping(runs, settings)}"""
+    return Section(text, {"stopping": chart(runs[0]["stopping"])}, losses(result))
+
+
+def stopping(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Where the rules stop."""
+    names = runs[0]["stopping"]["rules"]
+    rows = [
+        [
+            name,
+            percent(
+                mean(
+                    run["stopping"]["rules"][name]["num_annotated"] / run["stopping"]["num_candidates"] for run in runs
+                )
+            ),
+            figure(mean(run["stopping"]["rules"][name]["accuracy"] for run in runs)),
+        ]
+        for name in names
+    ]
+    return (
+        f"When to stop, in rounds of a tenth: where less than {percent(settings['unknown_share'])} of the rest is "
+        f"predicted unknown, where a round has gained less than {percent(settings['gain'])} of accuracy, or never:\n\n"
+        + table(["rule", "annotated", "accuracy"], rows)
+    )
+
+
+def chart(found: dict[str, Any]) -> str:
+    """Accuracy, predicted and real share of unknown over the rounds of the first seed."""
+    share = [row["num_annotated"] / found["num_candidates"] for row in found["rounds"]]
+    series = {
+        "accuracy": [(at, row["accuracy"]) for at, row in zip(share, found["rounds"], strict=True)],
+        "predicted unknown, of the rest": [
+            (at, row["predicted_unknown"])
+            for at, row in zip(share, found["rounds"], strict=True)
+            if row["predicted_unknown"] is not None
+        ],
+        "base model wrong, of the rest": [
+            (at, row["wrong_of_the_rest"])
+            for at, row in zip(share, found["rounds"], strict=True)
+            if row.get("wrong_of_the_rest") is not None
+        ],
+    }
+    return lines("Rounds of a tenth, first seed", "annotated, share of the candidates", "share", series)
+
+
+def losses(result: dict[str, Any]) -> list[str]:
+    """Arms of several rounds behind one round, and the default where it is not the best."""
+    compared = result["comparison"]
+    found = [
+        f"{NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one round with as many "
+        "annotations."
+        for arm, row in compared.items()
+        if row["ahead_of_one_round"] < 0
+    ]
+    best = max(compared, key=lambda arm: compared[arm]["accuracy"])
+    if compared[best]["accuracy"] > compared["default"]["accuracy"]:
+        found.append(
+            f"The default of several rounds reaches {figure(compared['default']['accuracy'])}; {NAMES[best]}: "
+            f"{figure(compared[best]['accuracy'])}."
+        )
+    return found
