@@ -53,8 +53,9 @@ def claim(runs: list[dict[str, Any]]) -> str:
     within = [half_of(run) for run in runs]
     asked = {key: mean(run["probing"][key] for run in runs) for key in runs[0]["probing"]}
     saved = runs[0]["num_candidates"] // 2
-    return f"""Half of the annotations, unknown ones with rehearsal: {figure(mean(row["accuracy"] for row, _ in within))};
-all: {figure(mean(full["accuracy"] for _, full in within))}; at or above the lower bound of all's 95 % interval on
+    return f"""Half of the annotations, unknown ones with rehearsal:
+{figure(mean(row["accuracy"] for row, _ in within))}; all:
+{figure(mean(full["accuracy"] for _, full in within))}; at or above the lower bound of all's 95 % interval on
 {sum(row["accuracy"] >= full["ci"][0] for row, full in within)} of {len(runs)}. Gross that saves {saved:,} annotations a
 testbed. For it probing generated {asked["tokens_generated"]:,.0f} tokens and read {asked["tokens_prefilled"]:,.0f},
 rehearsal generated {asked["tokens_rehearsal"]:,.0f}: net, a saved annotation costs
@@ -84,8 +85,8 @@ def losses(result: dict[str, Any]) -> list[str]:
     found = averaged(runs)
     ours = {row["share"]: row["accuracy"] for row in found if (row["arm"], row["rehearsal"]) == ("unknown", "samples")}
     return [
-        f"At {percent(row['share'])} of the annotations {row['arm']} questions with rehearsal `{row['rehearsal']}` reach "
-        f"{figure(row['accuracy'])}, unknown ones with `samples` {figure(ours[row['share']])}."
+        f"At {percent(row['share'])} of the annotations {row['arm']} questions with rehearsal `{row['rehearsal']}` "
+        f"reach {figure(row['accuracy'])}, unknown ones with `samples` {figure(ours[row['share']])}."
         for row in found
         if row["share"] in ours and row["accuracy"] > ours[row["share"]]
     ]
