@@ -9,15 +9,19 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from engine.artifacts import git_revision, json_safe, versions
 
-RESULTS = Path(__file__).resolve().parent / "results"
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+#: Options of benchmarks that say where files go and change no figure.
+WHERE = ("--out", "--work", "--scratch", "--keep")
 
 
 def gpus() -> list[str]:
@@ -27,12 +31,24 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
+def command(argv: Sequence[str]) -> str:
+    """What somebody else would type, in the repository: without where this machine kept runs and result."""
+    script, words = Path(argv[0]).resolve(), list(argv[1:])
+    for option in WHERE:
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    words = [word for word in words if word.partition("=")[0] not in WHERE]
+    name = script.relative_to(REPOSITORY).as_posix() if script.is_relative_to(REPOSITORY) else script.name
+    return shlex.join(["python", name, *words])
+
+
 def provenance() -> dict[str, Any]:
     """What a reader needs to repeat or doubt a result."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     found = gpus()
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": command(sys.argv),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": platform.machine(),

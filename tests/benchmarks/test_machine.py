@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,22 @@ def test_gpus_that_torch_sees_are_recorded(results: Path, monkeypatch: pytest.Mo
     assert "-nvidia-l4-x2-" in path.name
 
 
+@pytest.mark.parametrize(
+    ("words", "command"),
+    [
+        (["--seeds", "0", "1"], "python benchmarks/bench_why.py --seeds 0 1"),
+        (["--out", "/there/a.json", "--seeds", "0", "--work=/there"], "python benchmarks/bench_why.py --seeds 0"),
+        (["--set", "a={b: c}"], "python benchmarks/bench_why.py --set 'a={b: c}'"),
+    ],
+)
+def test_the_command_is_what_somebody_else_would_type(
+    words: list[str], command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert machine.command([str(machine.REPOSITORY / "benchmarks" / "bench_why.py"), *words]) == command
+
+
 def test_the_newest_result_is_by_the_date_within_it_whatever_its_machine_or_name(results: Path) -> None:
     (results / "why").mkdir()
     for name, date in (("z-old", "2026-01-02"), ("a-new", "2026-02-01"), ("m-older", "2025-12-31")):
@@ -99,4 +116,5 @@ def test_every_result_of_the_repository_lies_where_it_would_be_written() -> None
         assert file.parent.parent == machine.RESULTS, f"{file}: results/QUESTION/MACHINE-DATE.json"
         assert file.stem == f"{machine.machine_name(result['machine'])}-{result['date'][:10]}"
         assert result["command"], file
+        assert not re.search(r"(^|[\s=])/", result["command"]), f"{file}: a path of one machine says nothing elsewhere"
         assert result["versions"], file
