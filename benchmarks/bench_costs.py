@@ -2,7 +2,7 @@
 
 One factor at a time around 2,000 questions, 10 samples, 5 layers and width 192 (the testbed's model): questions in
 the pool, samples a question, layers kept, width of the model, workers. Stages run as the engine's hosts and functions
-do, in one process a stage and model, without Ray, on tables in Parquet. The floors are measured on the same machine:
+do, in one process a stage and model, without Ray, on tables in Parquet. The floors are measured just before:
 
   sample                    tokens generated / the same engine's pace with 256 long answers at once
   extract, probe, tune      FLOPs (2 x weights x tokens forward, 6 x in training, 4 x with LoRA, whose frozen weights
@@ -86,12 +86,12 @@ def main() -> None:
                 "keep": model == models[0],
             }  # fmt: skip
             made = run_process(spec, options.work)
-            points += [{"job": stage, "stage": stage} | point for point in made]
+            points += [{"job": stage, "stage": stage} | floors | point for point in made]
             for point in made:
                 print(stage, {key: round(v, 3) if isinstance(v, float) else v for key, v in point.items()},
                       file=sys.stderr, flush=True)  # fmt: skip
     points.sort(key=lambda point: STAGES.index(point["job"]))
-    result = {"default": DEFAULT, "floors": floors, "threads": options.threads, "points": points}
+    result = {"default": DEFAULT, "threads": options.threads, "points": points}
     print(f"written: {write_result('costs', result, options.out)}")
 
 

@@ -102,10 +102,11 @@ def run_process(side: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]
     return made
 
 
-def timing(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides, in alternating order; medians, and whether they came to the same."""
+def timing(options: argparse.Namespace, before: dict[str, Any] | None) -> dict[str, Any]:
+    """Both sides, in alternating order, beside the runs of ``before``; medians, and whether they came to the same."""
     testbed = testbed_of(options.testbed_seeds[0])
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "public": []}
+    runs: dict[str, list[dict[str, Any]]] = before["runs"] if before else {"ours": [], "public": []}
+    done = len(runs["ours"])
     with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:
         folder = Path(name)
         spec = {key: getattr(options, key) for key in ("num_samples", "max_tokens", "threads", "swiglu_hidden")}
@@ -113,18 +114,16 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
             "model": str(testbed.model),
             "questions": questions_of(testbed, options.num_questions),
             "cross_encoder": save_cross_encoder(str(testbed.model), folder / "cross-encoder"),
-            "samples": str(folder / "ours.json"),
         }
-        for repeat in range(options.repeats):
-            # Ours is first in the first round, for theirs clusters the same samples.
+        for repeat in range(done, done + options.repeats):
             for side in ("ours", "public") if repeat % 2 == 0 else ("public", "ours"):
-                print(f"repeat {repeat + 1} of {options.repeats}: {side}", file=sys.stderr, flush=True)
-                agreement = side == "public" and repeat == 0
+                print(f"repeat {repeat + 1}: {side}", file=sys.stderr, flush=True)
+                agreement = side == "public" and repeat == done
                 made = run_process(side, spec | {"out": str(folder / f"{side}.npz"), "agreement": agreement}, folder)
                 print(json.dumps(made["seconds"]), file=sys.stderr, flush=True)
                 runs[side].append(made)
-            if repeat == 0:
-                same = agreements(folder)
+            if repeat == done:
+                same = agreements(folder) | {"same_prompt_lengths": runs["public"][-1]["same_prompt_lengths"]}
     return {
         "num_questions": options.num_questions,
         "seconds": {
@@ -135,7 +134,7 @@ def timing(options: argparse.Namespace) -> dict[str, Any]:
         },
         "num_comparisons": {side: made[0]["num_comparisons"] for side, made in runs.items()},
         "peak_mib": {side: max(run["peak_mib"] for run in made) for side, made in runs.items()},
-        "agreement": same | {"same_prompt_lengths": runs["public"][0]["same_prompt_lengths"]},
+        "agreement": same,
         "runs": runs,
     }  # fmt: skip
 
@@ -149,11 +148,12 @@ def agreements(folder: Path) -> dict[str, Any]:
     def share(key: str, other: str) -> float:
         return statistics.fmean(a == b for a, b in zip(ours[key], theirs[other], strict=True))
 
+    alike = [row for row, pair in enumerate(zip(ours["samples"], theirs["samples"], strict=True)) if pair[0] == pair[1]]
     return {
         "share_same_samples": share("samples", "samples"),
         "share_same_greedy": share("greedy", "greedy"),
         "share_low_temperature_greedy": share("greedy", "low"),
-        "share_same_clusters": share("clusters", "clusters"),
+        "share_same_clusters": statistics.fmean(ours["clusters"][row] == theirs["clusters"][row] for row in alike),
         "max_state_difference": gap,
     }
 
@@ -190,6 +190,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=16, help="longest answer, tokens (default: %(default)s)")
     parser.add_argument("--swiglu-hidden", type=int, default=14336, help="of their probe (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of both sides (default: %(default)s)")
+    parser.add_argument("--more", action="store_true", help="add runs to those of --out, with its other settings")
     parser.add_argument("--threads", type=int, default=2, help="of every process (default: %(default)s)")
     parser.add_argument("--testbed-seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--probe-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
@@ -203,7 +204,8 @@ def main(words: Sequence[str] | None = None) -> None:
     settings = ("num_samples", "max_tokens", "threads", "swiglu_hidden", "repeats", "testbed_seeds", "probe_seeds")
     result["settings"] = result.get("settings", {}) | {key: getattr(options, key) for key in settings}
     if options.part != "probes":
-        result["timing"] = timing(options)
+        result["timing"] = timing(options, result.get("timing") if options.more else None)
+        result["settings"]["repeats"] = len(result["timing"]["runs"]["ours"])
     if options.part != "timing":
         result["probes"] = probes(options)
     print(f"written: {write_result('public', result, options.out)}")

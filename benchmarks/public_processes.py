@@ -154,8 +154,16 @@ def run_public(spec: dict[str, Any]) -> dict[str, Any]:
 
     with clock.stage("sample"):
         public.sample_in_passes(engine, ids, texts, spec["num_samples"], plain)
-    # Both sides cluster the same samples, so that both do the same work and their clusters can be compared.
-    samples = json.loads(Path(spec["samples"]).read_text())["samples"]
+    # Once more with the seeds of our samples, not timed: then both sides cluster the same answers.
+    first = seeds(spec)
+
+    def seeded(row: int, index: int) -> Any:
+        return SamplingParams(
+            temperature=1.0, max_tokens=spec["max_tokens"], stop=["\n"], logprobs=0, seed=first[row] + index
+        )
+
+    again = public.sample_in_passes(engine, ids, texts, spec["num_samples"], seeded)
+    samples = [again[question_id] for question_id in ids]
     with clock.stage("cluster_start"):
         judge = RuledCrossEncoder(spec["cross_encoder"], batch_size=public.CLUSTER_BATCH)
     with clock.stage("cluster"):
@@ -175,19 +183,9 @@ def run_public(spec: dict[str, Any]) -> dict[str, Any]:
         "unknown_share": float(unknown.mean()),
         "aurocs": aurocs,
     }
-    # What follows is not timed: the same work with our seeds and greedy, to see whether both give the same.
     if spec["agreement"]:
-        first = seeds(spec)
-
-        def seeded(row: int, index: int) -> Any:
-            seed = first[row] + index
-            return SamplingParams(
-                temperature=1.0, max_tokens=spec["max_tokens"], stop=["\n"], logprobs=0, seed=seed
-            )  # fmt: skip
-
-        again = public.sample_in_passes(engine, ids, texts, spec["num_samples"], seeded)
         greedy, _ = public.generate_with_states(model, tokenizer, texts, spec["max_tokens"], greedy=True)
-        made = {"samples": [again[i] for i in ids], "greedy": greedy, "low": low, "clusters": clusters}
+        made = {"samples": samples, "greedy": greedy, "low": low, "clusters": clusters}
         out.with_suffix(".json").write_text(json.dumps(made, ensure_ascii=False))
         np.savez(out, states=states)
         width = [len(engine.get_tokenizer()(text)["input_ids"]) for text in texts]

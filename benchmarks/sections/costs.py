@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import median
 from typing import Any
 
 from charts import lines
@@ -33,7 +34,8 @@ def section(result: dict[str, Any]) -> Section:
             [stage, figure(base["seconds"], 3), figure(base["peak_mib"], 0), *(figure(e, 2) for e in exponents),
              FLOORS[stage], figure(base["floor_s"], 4), f"{base['seconds'] / base['floor_s']:,.1f}"]
         )  # fmt: skip
-    at, floors = result["default"], result["floors"]
+    at = result["default"]
+    floors = {key: median(p[key] for p in result["points"]) for key in ("flop_per_s", "bytes_per_s")}
     header = ["stage", "seconds", "peak MiB", *(f"by {name}" for name in FACTORS.values()), "floor in", "floor, s",
               "seconds / floor"]  # fmt: skip
     wide = {stage: largest_width(result, stage) for stage in WIDTH_APART}
@@ -45,7 +47,7 @@ def section(result: dict[str, Any]) -> Section:
 log seconds against log factor with all others fixed: 1 is proportional, a dash where the stage does not depend on it
 or that was not varied. Floors: {floors["flop_per_s"] / 1e9:,.0f} GFLOP/s of a large float32 product,
 {floors["bytes_per_s"] / 1e6:,.0f}
-MB/s of disk, {_pace(result):,.0f} tokens/s of the engine with 256 long answers, all measured in the same run.
+MB/s of disk (medians), {_pace(result):,.0f} tokens/s of the engine with 256 long answers, measured just before.
 
 {table(header, rows)}
 
