@@ -24,6 +24,10 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 #: Modules of ``sections/``, in the order of a reader's interest.
 SECTIONS = [
+    "strategies",
+    "tuning",
+    "rounds",
+    "uncertainty",
     "public",
     "costs",
     "campaign",
