@@ -25,12 +25,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from arms import seeded_parser
 from lab import Lab
-from machine import write_result
 from scipy.special import expit
 from scipy.stats import t, ttest_rel
-from worlds import WORLDS, add_data_option, open_lab
+from worlds import measure_worlds
 
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.evidence import combine, doubt
@@ -180,9 +178,9 @@ def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {key: rows[place][key] for key in ("num_annotated", "accuracy")} for name, place in places.items()}
 
 
-def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
+def compare(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Every arm less one round by the probe, paired over seeds."""
-    final = {name: np.array([found["arms"][name]["accuracy"] for found in by_seed.values()]) for name in ARMS}
+    final = {name: np.array([found["arms"][name]["accuracy"] for found in runs.values()]) for name in ARMS}
     table = {}
     for name, values in final.items():
         ahead = values - final["one_round"]
@@ -193,26 +191,15 @@ def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
     return table
 
 
-def main() -> None:
-    """Parse arguments, run, write the result after every seed."""
-    parser = seeded_parser(__doc__, "rounds")
-    parser.add_argument("--world", choices=list(WORLDS), default="people")
-    add_data_option(parser)
-    arguments = parser.parse_args()
-    by_seed: dict[str, Any] = {}
-    for seed in arguments.seeds:
-        lab = open_lab(arguments.world, seed, arguments.work, arguments.data)
-        found: dict[str, Any] = {"base": lab.correct(lab.ids("eval")).mean(), "arms": {}}
-        for name, arm in ARMS.items():
-            found["arms"][name] = run(lab, arm)
-            print(lab.folder.name, name, found["arms"][name], flush=True)
-        found["stopping"] = stopping(lab)
-        by_seed[str(seed)] = found
-        settings = {"budget": BUDGET, "num_rounds": NUM_ROUNDS, "unknown_share": UNKNOWN_SHARE, "gain": GAIN}
-        result = {"world": arguments.world, "settings": settings, "by_seed": by_seed, "comparison": compare(by_seed)}
-        path = write_result("rounds", result, arguments.out)
-    print(f"written: {path}")
+def figures(lab: Lab) -> dict[str, Any]:
+    """All arms of one lab, and the rules that stop."""
+    found: dict[str, Any] = {"base": lab.correct(lab.ids("eval")).mean(), "arms": {}}
+    for name, arm in ARMS.items():
+        found["arms"][name] = run(lab, arm)
+        print(lab.folder.name, name, found["arms"][name], flush=True)
+    return found | {"stopping": stopping(lab)}
 
 
 if __name__ == "__main__":
-    main()
+    measured = {"budget": BUDGET, "num_rounds": NUM_ROUNDS, "unknown_share": UNKNOWN_SHARE, "gain": GAIN}
+    measure_worlds(__doc__, "rounds", measured, figures, compare)

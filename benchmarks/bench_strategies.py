@@ -15,15 +15,12 @@ and world on two cores.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
-from arms import seeded_parser
 from lab import Lab
-from machine import latest_result, write_result
 from scipy.stats import ttest_rel
-from worlds import WORLDS, add_data_option, open_lab
+from worlds import measure_worlds
 
 from ka2l.candidates import Candidates
 from ka2l.evidence import combine
@@ -124,27 +121,6 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse arguments, run, write the result after every seed."""
-    parser = seeded_parser(__doc__, "strategies")
-    parser.set_defaults(seeds=[0, 1, 2, 3, 4])
-    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["people"])
-    add_data_option(parser)
-    arguments = parser.parse_args()
-    settings = {"budgets": BUDGETS, "arms": [*sorted(STRATEGIES), "random_alone"]}
-    before = latest_result("strategies") or {}
-    same = json.loads(json.dumps(settings)) == before.get("settings")
-    by_world: dict[str, dict[str, Any]] = before["by_world"] if same else {}
-    for seed in arguments.seeds:
-        for world in arguments.worlds:
-            runs = by_world.setdefault(world, {})
-            if str(seed) in runs:
-                continue
-            runs[str(seed)] = curves(open_lab(world, seed, arguments.work, arguments.data))
-            comparison = {name: compare(made) for name, made in by_world.items() if made}
-            result = {"settings": settings, "by_world": by_world, "comparison": comparison}
-            print(f"written: {write_result('strategies', result, arguments.out)}", flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    measured = {"budgets": BUDGETS, "arms": [*sorted(STRATEGIES), "random_alone"]}
+    measure_worlds(__doc__, "strategies", measured, curves, compare)

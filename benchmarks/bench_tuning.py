@@ -15,11 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from arms import seeded_parser
 from lab import Lab
-from machine import write_result
 from scipy.stats import ttest_rel
-from worlds import WORLDS, add_data_option, open_lab
+from worlds import measure_worlds
 
 from ka2l.evidence import combine
 from ka2l.metrics import proportion_with_ci
@@ -101,27 +99,17 @@ def probing(lab: Lab) -> dict[str, int]:
     }
 
 
-def main() -> None:
-    """Parse arguments, run, write the result after every seed."""
-    parser = seeded_parser(__doc__, "tuning")
-    parser.add_argument("--world", choices=list(WORLDS), default="people")
-    add_data_option(parser)
-    arguments = parser.parse_args()
-    by_seed: dict[str, Any] = {}
-    for seed in arguments.seeds:
-        lab = open_lab(arguments.world, seed, arguments.work, arguments.data)
-        by_seed[str(seed)] = {
-            "base": lab.correct(lab.ids("eval")).mean(),
-            "num_candidates": len(lab.ids("candidate")),
-            "arms": arms(lab),
-            "probing": probing(lab),
-        }
-        result = {"world": arguments.world, "by_seed": by_seed, "comparison": compare(by_seed)}
-        path = write_result("tuning", result, arguments.out)
-    print(f"written: {path}")
+def figures(lab: Lab) -> dict[str, Any]:
+    """All arms of one lab, and what probing it took."""
+    return {
+        "base": lab.correct(lab.ids("eval")).mean(),
+        "num_candidates": len(lab.ids("candidate")),
+        "arms": arms(lab),
+        "probing": probing(lab),
+    }
 
 
-def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
+def compare(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Unknown questions at half of the candidates, with rehearsal, less every other arm; paired over seeds."""
 
     def final(arm: str, rehearsal: str) -> np.ndarray:
@@ -131,12 +119,12 @@ def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
                     (row for row in run["arms"] if (row["arm"], row["rehearsal"]) == (arm, rehearsal)),
                     key=lambda row: row["num_annotated"],
                 )["accuracy"]
-                for run in by_seed.values()
+                for run in runs.values()
             ]
         )
 
     ours = final("unknown", "samples")
-    names = dict.fromkeys((row["arm"], row["rehearsal"]) for run in by_seed.values() for row in run["arms"])
+    names = dict.fromkeys((row["arm"], row["rehearsal"]) for run in runs.values() for row in run["arms"])
     found = {}
     for arm, rehearsal in names:
         other = final(arm, rehearsal)
@@ -146,4 +134,4 @@ def compare(by_seed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    measure_worlds(__doc__, "tuning", {"budgets": BUDGETS, "rehearsals": REHEARSALS}, figures, compare)

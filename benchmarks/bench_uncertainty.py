@@ -20,10 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from arms import seeded_parser
 from lab import Lab
-from machine import write_result
-from worlds import add_data_option, open_lab
+from worlds import WORLDS, measure_worlds
 
 from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
@@ -35,7 +33,6 @@ from ka2l.probe import Probe, fit_probe
 from ka2l.seeds import row_seed
 from ka2l.semantic_entropy import discrete_semantic_entropy
 
-WORLDS = ("people", "mixed")
 #: Answers drawn a question: the first half scores, the second half labels.
 NUM_DRAWN = 20
 NUM_SAMPLES = 10
@@ -123,7 +120,7 @@ def figures(lab: Lab) -> dict[str, Any]:
         "by_num_samples": by_num_samples(lab, targets["wrong"]),
         "stop_early": [stop_early(lab, names, targets["wrong"], most) for most in (NUM_SAMPLES, NUM_DRAWN)],
         "by_num_seed": by_num_seed(lab, labels.unknown, targets["wrong"]),
-    }
+    } | ({"leave_one_out": leave_one_out(lab)} if len(sources(lab)) > 1 else {})
 
 
 def difference(truth: np.ndarray, one: np.ndarray, other: np.ndarray, seed: int) -> list[float]:
@@ -204,6 +201,11 @@ def by_num_seed(lab: Lab, unknown: np.ndarray, wrong: np.ndarray) -> list[dict[s
     return rows
 
 
+def sources(lab: Lab) -> set[str]:
+    """The question sets that the world is made of."""
+    return {row["relation"] for row in lab.rows.values()} & {name.partition(".")[0] for name in WORLDS["mixed"].files}
+
+
 def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
     """For each question set: the probe fitted on it, on all others, on all; beside its own semantic entropy."""
     seeds, names = lab.ids("seed"), lab.ids("eval")
@@ -227,26 +229,6 @@ def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Parse arguments, run, write the result after every lab."""
-    parser = seeded_parser(__doc__, "uncertainty")
-    parser.add_argument("--worlds", nargs="+", choices=WORLDS, default=["people"])
-    add_data_option(parser)
-    arguments = parser.parse_args()
-    by_world: dict[str, dict[str, Any]] = {world: {} for world in arguments.worlds}
-    for seed in arguments.seeds:
-        for world in arguments.worlds:
-            splits = ("seed", "eval")
-            lab = open_lab(world, seed, arguments.work, arguments.data, num_samples=NUM_DRAWN, splits=splits)
-            found = figures(lab)
-            if world == "mixed":
-                found["leave_one_out"] = leave_one_out(lab)
-            by_world[world][str(seed)] = found
-            print(world, seed, {name: row[0] for name, row in found["auroc"]["wrong"].items()}, flush=True)
-            settings = {"num_samples": NUM_SAMPLES, "num_drawn": NUM_DRAWN}
-            path = write_result("uncertainty", {"settings": settings, "by_world": by_world}, arguments.out)
-    print(f"written: {path}")
-
-
 if __name__ == "__main__":
-    main()
+    measured = {"num_samples": NUM_SAMPLES, "num_drawn": NUM_DRAWN}
+    measure_worlds(__doc__, "uncertainty", measured, figures, num_samples=NUM_DRAWN, splits=("seed", "eval"))

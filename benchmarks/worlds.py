@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lab import Lab
+from arms import seeded_parser
+from machine import latest_result, write_result
+
+from ka2l.metrics import json_safe
+
+if TYPE_CHECKING:
+    from lab import Lab
 
 #: A sixth of the people partly known, a quarter strangers: less than 45 % of the candidates is unknown to the model.
 _SHARES = ("testbed.stranger_share=0.25", "testbed.partly_share=0.15")
@@ -41,11 +46,42 @@ WORLDS = {
 }
 
 
-def add_data_option(parser: argparse.ArgumentParser) -> None:
-    """``--data``: the folder of question files."""
-    parser.add_argument(
-        "--data", type=Path, default=Path("../shared/data"), help="folder of the worlds' JSONL files of questions"
-    )
+def measure_worlds(
+    doc: str | None,
+    question: str,
+    settings: Mapping[str, Any],
+    measure: Callable[[Lab], dict[str, Any]],
+    compare: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    **lab_options: Any,
+) -> None:
+    """The command line of a benchmark on labs: every seed of every world, the result written after each.
+
+    What stands in the newest result with the same settings is taken over, so seeds can be added one at a time.
+
+    Args:
+        settings: what decides the figures beside world and seed.
+        measure: figures of one lab.
+        compare: figures over the seeds of one world.
+        lab_options: of `open_lab`.
+    """
+    parser = seeded_parser(doc, question)
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["people"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the question files")
+    arguments = parser.parse_args()
+    before = latest_result(question) or {}
+    same = before.get("settings") == json.loads(json.dumps(dict(settings)))
+    by_world: dict[str, dict[str, Any]] = before["by_world"] if same else {}
+    for seed in arguments.seeds:
+        for world in arguments.worlds:
+            runs = by_world.setdefault(world, {})
+            if str(seed) in runs:
+                continue
+            found = measure(open_lab(world, seed, arguments.work, arguments.data, **lab_options))
+            runs[str(seed)] = json.loads(json.dumps(json_safe(found)))  # as it will be read
+            result: dict[str, Any] = {"settings": settings, "by_world": by_world}
+            if compare:
+                result["comparison"] = {name: compare(made) for name, made in by_world.items() if made}
+            print(f"written: {write_result(question, result, arguments.out)}", flush=True)
 
 
 def open_lab(
@@ -63,6 +99,8 @@ def open_lab(
     Raises:
         FileNotFoundError: a file of the world is not in ``data``.
     """
+    from lab import Lab  # seconds to import, and those who only name worlds need none of it
+
     chosen = WORLDS[world]
     given = [*_SIZES, *_SHARES]
     if chosen.files:

@@ -7,6 +7,7 @@ from typing import Any
 from charts import lines
 from pages import Section
 from tables import figure, interval, mean, percent, table
+from worlds import WORLDS
 
 TITLE = "Rounds: which evidence lets several win over one?"
 COMMAND = "python benchmarks/bench_rounds.py --seeds 0 1 2"
@@ -23,10 +24,20 @@ NAMES = {
 
 def section(result: dict[str, Any]) -> Section:
     """Arms against one round, and the rules that stop."""
-    runs, settings = list(result["by_seed"].values()), result["settings"]
+    found = {world: list(by_seed.values()) for world, by_seed in result["by_world"].items() if by_seed}
+    parts = [
+        f"### {WORLDS[world].title}\n\n{described(runs, result['comparison'][world], result['settings'])}"
+        for world, runs in found.items()
+    ]
+    charts = {f"stopping-{world.replace('_', '-')}": chart(runs[0]["stopping"]) for world, runs in found.items()}
+    return Section("\n\n".join(parts), charts, losses(result))
+
+
+def described(runs: list[dict[str, Any]], comparison: dict[str, Any], settings: dict[str, Any]) -> str:
+    """One world."""
     rows = []
     for arm, name in NAMES.items():
-        found, compared = [run["arms"][arm] for run in runs], result["comparison"][arm]
+        found, compared = [run["arms"][arm] for run in runs], comparison[arm]
         rows.append(
             [
                 name,
@@ -36,7 +47,7 @@ def section(result: dict[str, Any]) -> Section:
                 "" if arm == "one_round" else interval(compared["ahead_of_one_round"], compared["ci"], sign=True),
             ]
         )
-    text = f"""{percent(settings["budget"])} of the candidates annotated, at once or in {settings["num_rounds"]} rounds,
+    return f"""{percent(settings["budget"])} of the candidates annotated, at once or in {settings["num_rounds"]} rounds,
 tuned from the base model each time; {len(runs)} {"testbeds" if len(runs) > 1 else "testbed"}. Wrong: the share of the
 annotations that went to what the base model answers wrongly; AUROC for wrong answers among the rest, before the last
 selection; accuracy on unseen paraphrases, and how far it is ahead of one round.
@@ -44,7 +55,6 @@ selection; accuracy on unseen paraphrases, and how far it is ahead of one round.
 {table(["arm", "wrong", "AUROC", "accuracy", "ahead of one round"], rows)}
 
 {stopping(runs, settings)}"""
-    return Section(text, {"stopping": chart(runs[0]["stopping"])}, losses(result))
 
 
 def stopping(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
@@ -90,17 +100,19 @@ def chart(found: dict[str, Any]) -> str:
 
 def losses(result: dict[str, Any]) -> list[str]:
     """Arms of several rounds behind one round, and the default where it is not the best."""
-    compared = result["comparison"]
-    found = [
-        f"{NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one round with as many "
-        "annotations."
-        for arm, row in compared.items()
-        if row["ahead_of_one_round"] < 0
-    ]
-    best = max(compared, key=lambda arm: compared[arm]["accuracy"])
-    if compared[best]["accuracy"] > compared["default"]["accuracy"]:
-        found.append(
-            f"The default of several rounds reaches {figure(compared['default']['accuracy'])}; {NAMES[best]}: "
-            f"{figure(compared[best]['accuracy'])}."
-        )
+    found = []
+    for world, compared in result["comparison"].items():
+        title = WORLDS[world].title
+        found += [
+            f"On {title}, {NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one round "
+            "with as many annotations."
+            for arm, row in compared.items()
+            if row["ahead_of_one_round"] < 0
+        ]
+        best = max(compared, key=lambda arm: compared[arm]["accuracy"])
+        if compared[best]["accuracy"] > compared["default"]["accuracy"]:
+            found.append(
+                f"On {title} the default of several rounds reaches {figure(compared['default']['accuracy'])}; "
+                f"{NAMES[best]}: {figure(compared[best]['accuracy'])}."
+            )
     return found

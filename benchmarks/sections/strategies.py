@@ -7,13 +7,12 @@ from typing import Any
 from charts import lines
 from pages import Section
 from tables import figure, mean, percent, table
+from worlds import WORLDS
 
 TITLE = "Query strategies: which question is worth an annotation?"
 COMMAND = "python benchmarks/bench_strategies.py --worlds people entity_questions popqa"
 DEFAULT = "probe"
 ALPHA = 0.05
-#: World -> what it is called.
-WORLDS = {"people": "invented people", "entity_questions": "EntityQuestions", "popqa": "PopQA, by page views"}
 #: The same arm in a reader's words, where its name does not say it.
 NAMES = {"random_alone": "random, without rehearsal"}
 
@@ -31,11 +30,11 @@ t-test."""
     charts = {}
     for world, compared in result["comparison"].items():
         runs = list(result["by_world"][world].values())
-        parts.append(f"### {WORLDS[world]}")
+        parts.append(f"### {WORLDS[world].title}")
         parts.append(described(runs, compared))
         parts.append(areas(compared["areas"]))
         charts[f"curves-{world.replace('_', '-')}"] = lines(
-            f"Accuracy against annotations, {WORLDS[world]}, mean of {len(runs)} seeds",
+            f"Accuracy against annotations, {WORLDS[world].title}, mean of {len(runs)} seeds",
             "annotated, share of the candidates",
             "accuracy on unseen paraphrases",
             curves(runs, result["settings"]["budgets"]),
@@ -85,13 +84,14 @@ def losses(result: dict[str, Any]) -> list[str]:
     """Strategies ahead of the default, or too close to tell; budgets that do not reach everything."""
     found = []
     for world, compared in result["comparison"].items():
+        title = WORLDS[world].title
         num_seeds = len(result["by_world"][world])
         ahead = [arm for arm, row in compared["areas"].items() if row["ahead"] < 0]
         for arm in ahead:
             row = compared["areas"][arm]
             certainty = "one seed" if row["p"] is None else f"p = {row['p']:.2g}"
             found.append(
-                f"On {WORLDS[world]} the strategy `{arm}` has the larger area: {figure(row['area'])} against "
+                f"On {title} the strategy `{arm}` has the larger area: {figure(row['area'])} against "
                 f"{figure(compared['areas'][DEFAULT]['area'])} of `{DEFAULT}` ({certainty})."
             )
         close = [
@@ -101,13 +101,13 @@ def losses(result: dict[str, Any]) -> list[str]:
         ]
         if close and num_seeds > 1:
             found.append(
-                f"On {WORLDS[world]} the default's lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
+                f"On {title} the default's lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
                 f"(p >= {ALPHA} over {num_seeds} seeds)."
             )
         half = compared["half_budget"]
         if half["seeds_within_ci_of_all"] < num_seeds:
             found.append(
-                f"On {WORLDS[world]} half of the annotations reach {figure(half['default'])}, all of them "
+                f"On {title} half of the annotations reach {figure(half['default'])}, all of them "
                 f"{figure(half['all'])}; {num_seeds - half['seeds_within_ci_of_all']} of {num_seeds} seeds are below "
                 "the interval of all."
             )

@@ -7,6 +7,7 @@ from typing import Any
 from charts import lines
 from pages import Section
 from tables import figure, mean, percent, table
+from worlds import WORLDS
 
 TITLE = "Tuning: unknown, known, mixed or random questions, and the half that does for all"
 COMMAND = "python benchmarks/bench_tuning.py --seeds 0 1 2"
@@ -14,8 +15,16 @@ COMMAND = "python benchmarks/bench_tuning.py --seeds 0 1 2"
 
 def section(result: dict[str, Any]) -> Section:
     """Arms by budget, the claim of the half, tokens of probing."""
-    runs = list(result["by_seed"].values())
-    text = f"""{len(runs)} {"testbeds" if len(runs) > 1 else "testbed"}, {runs[0]["num_candidates"]:,} candidates
+    found = {world: list(by_seed.values()) for world, by_seed in result["by_world"].items() if by_seed}
+    text = "\n\n".join(f"### {WORLDS[world].title}\n\n{described(runs)}" for world, runs in found.items())
+    return Section(
+        text, {f"budgets-{world.replace('_', '-')}": chart(runs) for world, runs in found.items()}, losses(result)
+    )
+
+
+def described(runs: list[dict[str, Any]]) -> str:
+    """One world."""
+    return f"""{len(runs)} {"testbeds" if len(runs) > 1 else "testbed"}, {runs[0]["num_candidates"]:,} candidates
 each; accuracy on unseen paraphrases of all candidates' facts, from {figure(mean(run["base"] for run in runs))} of the
 base model. Kept: the share of its right answers that are still right; learned: that of its wrong ones that are right
 now.
@@ -23,7 +32,6 @@ now.
 {table(["annotated", "rehearsal", "share", "accuracy", "kept", "learned"], rows(runs))}
 
 {claim(runs)}"""
-    return Section(text, {"budgets": chart(runs)}, losses(result))
 
 
 def averaged(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -81,12 +89,17 @@ def chart(runs: list[dict[str, Any]]) -> str:
 
 def losses(result: dict[str, Any]) -> list[str]:
     """Arms ahead of unknown questions with rehearsal by samples, at the same budget."""
-    runs = list(result["by_seed"].values())
-    found = averaged(runs)
-    ours = {row["share"]: row["accuracy"] for row in found if (row["arm"], row["rehearsal"]) == ("unknown", "samples")}
-    return [
-        f"At {percent(row['share'])} of the annotations {row['arm']} questions with rehearsal `{row['rehearsal']}` "
-        f"reach {figure(row['accuracy'])}, unknown ones with `samples` {figure(ours[row['share']])}."
-        for row in found
-        if row["share"] in ours and row["accuracy"] > ours[row["share"]]
-    ]
+    sentences = []
+    for world, by_seed in result["by_world"].items():
+        found = averaged(list(by_seed.values())) if by_seed else []
+        ours = {
+            row["share"]: row["accuracy"] for row in found if (row["arm"], row["rehearsal"]) == ("unknown", "samples")
+        }
+        sentences += [
+            f"On {WORLDS[world].title}, with {percent(row['share'])} annotated, {row['arm']} questions with rehearsal "
+            f"`{row['rehearsal']}` reach {figure(row['accuracy'])}, unknown ones with `samples` "
+            f"{figure(ours[row['share']])}."
+            for row in found
+            if row["share"] in ours and row["accuracy"] > ours[row["share"]]
+        ]
+    return sentences

@@ -7,10 +7,10 @@ from typing import Any
 from charts import lines, points
 from pages import Section
 from tables import figure, interval, mean, percent, table
+from worlds import WORLDS
 
 TITLE = "Uncertainty: what tells best that a model does not know?"
 COMMAND = "python benchmarks/bench_uncertainty.py --worlds people mixed"
-WORLDS = {"people": "invented people", "mixed": "four question sets"}
 #: Score -> its name, and what it needs beyond the greedy answer.
 SCORES = {
     "probe": ("KA2L's probe", "one forward pass"),
@@ -36,7 +36,7 @@ seeds where there are several, and else the 95 % interval of a bootstrap over qu
         runs = list(by_seed.values())
         if not runs:
             continue
-        parts.append(f"### {WORLDS[world]}")
+        parts.append(f"### {WORLDS[world].title}")
         parts.append(scores(runs))
         parts.append(difference(runs))
         parts.append(stopping(runs))
@@ -124,7 +124,7 @@ def transfer(runs: list[dict[str, Any]]) -> str:
 
 def charts_of(world: str, runs: list[dict[str, Any]]) -> dict[str, str]:
     """By layer, by samples, by seed questions, and the principal components of the first seed."""
-    title = WORLDS[world]
+    title = WORLDS[world].title
 
     def averaged(key: str, x: str, name: str) -> list[tuple[float, float]]:
         at = [row[x] for row in runs[0][key]]
@@ -167,22 +167,21 @@ def losses(result: dict[str, Any]) -> list[str]:
     """Scores above the probe's, by world and target."""
     found = []
     for world, by_seed in result["by_world"].items():
-        runs = list(by_seed.values())
+        runs, title = list(by_seed.values()), WORLDS[world].title
         for target in ("wrong", "unknown") if runs else ():
             means = {name: mean(run["auroc"][target][name][0] for run in runs) for name in runs[0]["auroc"][target]}
             better = {name: value for name, value in means.items() if value > means["probe"]}
             if better:
                 listed = ", ".join(f"{SCORES[name][0]} {figure(value)}" for name, value in better.items())
                 found.append(
-                    f"For {target} answers on {WORLDS[world]} the probe's AUROC is {figure(means['probe'])}; better: "
-                    f"{listed}."
+                    f"For {target} answers on {title} the probe's AUROC is {figure(means['probe'])}; better: {listed}."
                 )
         for place, row in enumerate(runs[0]["stop_early"] if runs else ()):
             fixed = mean(run["stop_early"][place]["auroc_as_many_each"] for run in runs)
             stopped = mean(run["stop_early"][place]["auroc"] for run in runs)
             if fixed > stopped:
                 found.append(
-                    f"Stopping early at {row['num_samples']} answers at most, on {WORLDS[world]}: AUROC "
+                    f"Stopping early at {row['num_samples']} answers at most, on {title}: AUROC "
                     f"{figure(stopped)}, and {figure(fixed)} with as many answers for every question alike."
                 )
         for part, row in runs[0].get("leave_one_out", {}).items() if runs else ():
