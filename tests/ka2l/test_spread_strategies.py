@@ -137,6 +137,22 @@ def test_core_set_reaches_a_small_far_cluster() -> None:
     assert set(cluster[pick(candidates_at(states), "core_set", budget=3).indices]) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("num_asked", [0, 4])
+def test_core_set_chooses_as_scikit_activeml_does(num_asked: int) -> None:
+    from skactiveml.pool import CoreSet
+
+    states = np.random.default_rng(3).normal(size=(150, 6))
+    states = (states - states.mean(0)) / states.std(0)
+    asked = np.random.default_rng(4).normal(size=(num_asked, 6))
+    ours = pick(candidates_at(states, asked=asked), "core_set", budget=20).indices
+    # Theirs draws the first question of all, too, but another.
+    labels = np.where(np.arange(150 + num_asked) < 150, np.nan, 1.0)
+    if not num_asked:
+        labels[ours[0]] = 1.0
+    theirs = CoreSet(random_state=0).query(np.concatenate([states, asked]), labels, batch_size=19)
+    assert ours[0 if num_asked else 1 :][:19].tolist() == theirs.tolist()
+
+
 def test_typi_clust_takes_the_densest_question_of_each_cluster_the_largest_first() -> None:
     rng = np.random.default_rng(0)
     sizes = (60, 90, 30)
