@@ -43,7 +43,7 @@ from machine import RESULTS, write_result
 HERE = Path(__file__).resolve()
 TESTBED = ("testbed.num_people=200", "testbed.partly_share=0.2", "testbed.outside_share=0")
 STAGES = ("imports", "engine_start", "sample", "low_temperature", "states_start", "states", "cluster_start", "cluster",
-          "label", "probe")  # fmt: skip
+          "label", "probe", "probe_in_proportion")  # fmt: skip
 #: What prepares work and does none: left out of "without start-up".
 START_UP = ("imports", "engine_start", "states_start", "cluster_start")
 

@@ -21,6 +21,7 @@ ROWS = {
     "threshold and labels": ("label",),
     "probes of all layers": ("probe",),
 }
+SCALED = "end to end, their probes in proportion"
 #: Asked for: so many times faster, end to end.
 WANTED = 5.0
 
@@ -41,7 +42,8 @@ all tokens kept to read one, every pair of answers compared both ways, a SwiGLU 
 {result["settings"]["swiglu_hidden"]:,} for one layer after the other. Both sides ask the testbed's model
 {timing["num_questions"]} questions, on the same vLLM with the same engine arguments, and the same cross-encoder (random
 weights that are paid for, the lexical rule for a verdict). Seconds, medians of {result["settings"]["repeats"]} runs of
-each side in turns.
+each side in turns. In proportion: their probes of 3.5 times the model's width, which 14,336 is for the models of the
+paper.
 
 {table(["stage", "published", "KA2L", "published / KA2L"], rows)}
 
@@ -59,13 +61,17 @@ temperature of 0.1, {percent(same["share_low_temperature_greedy"], 1)} of its an
 
 
 def totals(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """(published, ours) seconds: end to end, without start-up, and that without the probes' training."""
-    sides = [result["timing"]["seconds"][side] for side in ("public", "ours")]
+    """(published, ours) seconds: end to end; the same with their probes in proportion; without start-up; without that
+    and the probes."""
+    sides = [dict(result["timing"]["seconds"][side]) for side in ("public", "ours")]
+    in_proportion = [side.pop("probe_in_proportion") or side["probe"] for side in sides]
     start_up = next(iter(ROWS.values()))
-    whole = tuple(sum(side.values()) for side in sides)
-    work = tuple(total - sum(side[s] for s in start_up) for total, side in zip(whole, sides, strict=True))
-    unprobed = tuple(total - side["probe"] for total, side in zip(work, sides, strict=True))
-    return {"end to end": whole, "without start-up": work, "without start-up and probes": unprobed}
+    whole = [sum(side.values()) for side in sides]
+    work = [total - sum(side[s] for s in start_up) for total, side in zip(whole, sides, strict=True)]
+    scaled = [total - side["probe"] + seconds for total, side, seconds in zip(whole, sides, in_proportion, strict=True)]
+    unprobed = [total - side["probe"] for total, side in zip(work, sides, strict=True)]
+    names = ("end to end", SCALED, "without start-up", "without start-up and probes")
+    return {name: (theirs, mine) for name, (theirs, mine) in zip(names, [whole, scaled, work, unprobed], strict=True)}
 
 
 def _row(name: str, theirs: float, mine: float) -> list[str]:
