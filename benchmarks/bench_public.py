@@ -13,8 +13,9 @@ to the same small cross-encoder (a tenth of the model's size, as DeBERTa-v2-xlar
 weights: it is paid for, and the lexical rule gives the verdict. Left out on the public side: pickles after every pass,
 progress bars, baselines, grading by a language model. Its answers end after --max-tokens as ours do, not after 256.
 
-Then the probes: ours and theirs fitted on the same rows, measured on the same questions about other people, over
---probe-seeds, on the testbeds of --testbed-seeds; the first chooses between settings of ours, the others confirm.
+Then the probes: ours and theirs fitted on the same rows and measured on the same questions about other people, over
+--probe-seeds and the testbeds of --testbed-seeds. Theirs reads the top layer; ours is shown with the layer that it
+chooses on the validation rows, and with the one that scores best over all rows in five folds.
 
     python benchmarks/bench_public.py                   # about 25 minutes on two cores, testbeds not counted
     python benchmarks/bench_public.py --part timing     # or `probes`: one half; the other is taken from --out
@@ -42,7 +43,7 @@ from machine import RESULTS, write_result
 HERE = Path(__file__).resolve()
 TESTBED = ("testbed.num_people=200", "testbed.partly_share=0.2", "testbed.outside_share=0")
 STAGES = ("imports", "engine_start", "sample", "low_temperature", "states_start", "states", "cluster_start", "cluster",
-          "label", "probe")  # fmt: skip
+          "label", "probe", "probe_in_proportion")  # fmt: skip
 #: What prepares work and does none: left out of "without start-up".
 START_UP = ("imports", "engine_start", "states_start", "cluster_start")
 
@@ -159,7 +160,7 @@ def agreements(folder: Path) -> dict[str, Any]:
 
 
 def probes(options: argparse.Namespace) -> dict[str, Any]:
-    """Arms on every testbed; the first one's chooses, the others' confirm."""
+    """Arms on every testbed and number of rows to fit on."""
     import torch
     from public_probe import compare, ours, public
 
@@ -169,15 +170,18 @@ def probes(options: argparse.Namespace) -> dict[str, Any]:
         "mlp": ours(kind="mlp"),
         "linear": ours(kind="linear"),
     }
-    found = {}
+    found: dict[str, Any] = {}
     for seed in options.testbed_seeds:
         testbed = testbed_of(seed)
         with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:
-            folder = Path(name)
+            file = Path(name) / "all.npz"
             spec = {key: getattr(options, key) for key in ("num_samples", "max_tokens", "threads")}
-            spec |= {"model": str(testbed.model), "questions": questions_of(testbed, None)}
-            run_process("observe", spec | {"out": str(folder / "all.npz")}, folder)
-            found[str(seed)] = compare(folder / "all.npz", arms, options.probe_seeds, options.num_questions)
+            spec |= {"model": str(testbed.model), "questions": questions_of(testbed, None), "out": str(file)}
+            run_process("observe", spec, Path(name))
+            found[str(seed)] = {
+                str(num_fit): compare(file, arms, options.probe_seeds, num_fit, crossed=["mlp", "linear"])
+                for num_fit in options.fit
+            }
     return found
 
 
@@ -190,10 +194,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=16, help="longest answer, tokens (default: %(default)s)")
     parser.add_argument("--swiglu-hidden", type=int, default=14336, help="of their probe (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of both sides (default: %(default)s)")
-    parser.add_argument("--more", action="store_true", help="add runs to those of --out, with its other settings")
+    parser.add_argument("--more", action="store_true", help="add runs, or testbeds, to those of --out")
     parser.add_argument("--threads", type=int, default=2, help="of every process (default: %(default)s)")
     parser.add_argument("--testbed-seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--probe-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--fit", type=int, nargs="+", default=[120, 600], help="questions that probes are fitted on")
     parser.add_argument("--out", help=f"result file; {RESULTS.name}/public/ where not given")
     options = parser.parse_args(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -201,13 +206,13 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.part != "all" and options.out and Path(options.out).exists():
         before = json.loads(Path(options.out).read_text())
         result = {part: before[part] for part in ("timing", "probes", "settings") if part in before}
-    settings = ("num_samples", "max_tokens", "threads", "swiglu_hidden", "repeats", "testbed_seeds", "probe_seeds")
+    settings = ("num_samples", "max_tokens", "threads", "swiglu_hidden", "repeats", "probe_seeds")
     result["settings"] = result.get("settings", {}) | {key: getattr(options, key) for key in settings}
     if options.part != "probes":
         result["timing"] = timing(options, result.get("timing") if options.more else None)
         result["settings"]["repeats"] = len(result["timing"]["runs"]["ours"])
     if options.part != "timing":
-        result["probes"] = probes(options)
+        result["probes"] = (result.get("probes", {}) if options.more else {}) | probes(options)
     print(f"written: {write_result('public', result, options.out)}")
 
 

@@ -15,6 +15,8 @@ from ka2l.metrics import auroc
 from ka2l.probe import ProbeConfig
 from ka2l.probe_training import Rows, standardisation, to_device, train_layers
 
+NUM_FOLDS = 5
+
 
 class Task(NamedTuple):
     """What an arm is given."""
@@ -76,7 +78,30 @@ def split_by_group(groups: np.ndarray, num_fit: int, seed: int) -> Rows:
     return Rows(*np.split(rows, ends))
 
 
-def compare(file: Path, arms: Mapping[str, Arm], seeds: Sequence[int], num_fit: int) -> dict[str, Any]:
+def cross_fitted(arm: Arm, task: Task, groups: np.ndarray) -> dict[str, list[float]]:
+    """AUROC and loss of each layer over all rows to fit on, each scored by a probe that has not seen its person."""
+    fit = np.union1d(task.rows.train, task.rows.validation)
+    people = np.random.default_rng(task.seed).permutation(np.unique(groups[fit]))
+    fold_of = {person: index % NUM_FOLDS for index, person in enumerate(people)}
+    folds = np.array([fold_of[group] for group in groups[fit]])
+    scores = np.empty(task.states.shape[1::-1])
+    for fold in range(NUM_FOLDS):
+        rows = Rows(fit[folds != fold], fit[folds == fold], task.rows.test)
+        scores[:, rows.validation] = arm(task._replace(rows=rows))[:, rows.validation]
+    return {
+        "crossed_auroc": [auroc(task.unknown[fit], layer[fit]) for layer in scores],
+        "crossed_loss": [_loss(task.unknown[fit], layer[fit]) for layer in scores],
+    }
+
+
+def _loss(unknown: np.ndarray, scores: np.ndarray) -> float:
+    """Cross-entropy of log-odds, nats."""
+    return float(np.logaddexp(0, np.where(unknown, -1, 1) * scores).mean())
+
+
+def compare(
+    file: Path, arms: Mapping[str, Arm], seeds: Sequence[int], num_fit: int, crossed: Sequence[str] = ()
+) -> dict[str, Any]:
     """AUROC of every arm on the test rows, for "unknown" and for "answers wrongly".
 
     Args:
@@ -84,9 +109,11 @@ def compare(file: Path, arms: Mapping[str, Arm], seeds: Sequence[int], num_fit: 
         arms: by name; all see the same rows.
         seeds: of the split and of the weights.
         num_fit: rows to fit on; the threshold is of their train part.
+        crossed: arms that are fitted in folds, too, for the rule ``crossed``.
 
     Returns:
-        For every arm a list over seeds of the chosen layer (highest validation AUROC), its AUROCs and those by layer.
+        For every arm a list over seeds of figures by layer: AUROC and loss on the validation rows, by which `chosen`
+        takes one, and AUROC on the test rows.
     """
     with np.load(file) as stored:
         states, entropies, wrong, groups = (stored[name] for name in ("states", "entropies", "wrong", "groups"))
@@ -96,20 +123,22 @@ def compare(file: Path, arms: Mapping[str, Arm], seeds: Sequence[int], num_fit: 
     for seed in seeds:
         rows = split_by_group(groups, num_fit, seed)
         unknown = entropies >= fit_threshold(entropies[rows.train])
+        if len(np.unique(unknown[rows.validation])) < 2:  # as `fit_probe` does
+            rows = rows._replace(validation=np.concatenate([rows.validation, rows.train]))
+        at = rows.validation
         for name, arm in arms.items():
-            scores = arm(Task(states, unknown, rows, layers, seed))
-            chosen = max(range(len(layers)), key=lambda i: auroc(unknown[rows.validation], scores[i][rows.validation]))
-            by_layer = [auroc(unknown[rows.test], layer[rows.test]) for layer in scores]
-            found[name].append(
-                {
-                    "seed": seed,
-                    "layer": layers[chosen],
-                    "unknown": by_layer[chosen],
-                    "wrong": auroc(wrong[rows.test], scores[chosen][rows.test]),
-                    "by_layer": by_layer,
-                }
-            )
-            print(f"{name}, seed {seed}: layer {layers[chosen]}, {by_layer[chosen]:.4f}", flush=True)
+            task = Task(states, unknown, rows, layers, seed)
+            scores = arm(task)
+            figures = {
+                "validation_auroc": [auroc(unknown[at], layer[at]) for layer in scores],
+                "validation_loss": [_loss(unknown[at], layer[at]) for layer in scores],
+                "unknown": [auroc(unknown[rows.test], layer[rows.test]) for layer in scores],
+                "wrong": [auroc(wrong[rows.test], layer[rows.test]) for layer in scores],
+            }
+            if name in crossed:
+                figures |= cross_fitted(arm, task, groups)
+            found[name].append({"seed": seed, "layers": layers} | figures)
+            print(f"{name}, seed {seed}: {[round(value, 4) for value in figures['unknown']]}", flush=True)
     return {
         "num_rows": len(groups),
         "num_fit": num_fit,
@@ -117,6 +146,17 @@ def compare(file: Path, arms: Mapping[str, Arm], seeds: Sequence[int], num_fit: 
         "wrong_share": float(wrong.mean()),
         "arms": found,
     }
+
+
+def chosen(run: Mapping[str, Any], rule: str) -> int:
+    """Index of the layer by a rule on the validation rows alone: ``auroc`` (the lower loss decides ties), ``loss``,
+    ``crossed``: the same as ``auroc`` with `cross_fitted`'s figures; or ``top``, the last layer."""
+    indices = range(len(run["layers"]))
+    if rule == "top":
+        return indices[-1]
+    source = "crossed" if rule == "crossed" else "validation"
+    loss = run[f"{source}_loss"]
+    return min(indices, key=lambda i: (0.0 if rule == "loss" else -run[f"{source}_auroc"][i], loss[i]))
 
 
 def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:

@@ -175,6 +175,8 @@ def run_public(spec: dict[str, Any]) -> dict[str, Any]:
     rows, test = public.random_rows(len(ids), 0)
     with clock.stage("probe"):
         aurocs = public_probes(states, unknown, rows, test, spec["swiglu_hidden"])
+    with clock.stage("probe_in_proportion"):  # 14336 is 3.5 times the width of the models that it was chosen for
+        public_probes(states, unknown, rows, test, round(3.5 * states.shape[2]))
     result: dict[str, Any] = {
         "seconds": dict(clock.seconds),
         "peak_mib": peak_mib(),

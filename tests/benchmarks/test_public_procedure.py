@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from public_probe import difference, split_by_group
+from public_probe import chosen, compare, difference, ours, split_by_group
 from public_procedure import ProbeRows, SwiGLUSettings, cluster_pairwise, grid_threshold, random_rows, train_swiglu
 
 from ka2l.equivalence import cluster_answers
@@ -90,3 +92,32 @@ def _loss(model: object, states: np.ndarray, unknown: np.ndarray) -> float:
 
 def test_the_interval_of_a_difference_is_students() -> None:
     assert difference([0.9, 0.8, 1.0], [0.8, 0.8, 0.8]) == pytest.approx((0.1, -0.1484, 0.3484), abs=1e-4)
+
+
+RUN = {
+    "layers": [1, 2, 3],
+    "validation_auroc": [0.9, 1.0, 1.0],
+    "validation_loss": [0.1, 0.3, 0.2],
+    "crossed_auroc": [0.8, 0.9, 0.8],
+    "crossed_loss": [0.4, 0.5, 0.6],
+}
+
+
+@pytest.mark.parametrize(("rule", "layer"), [("auroc", 3), ("loss", 1), ("crossed", 2), ("top", 3)])
+def test_a_layer_is_chosen_by_the_rule_and_ties_by_the_lower_loss(rule: str, layer: int) -> None:
+    assert RUN["layers"][chosen(RUN, rule)] == layer
+
+
+def test_probes_find_the_layer_that_holds_the_answer(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    unknown = rng.random(400) < 0.5
+    states = rng.normal(size=(400, 4, 6)).astype(np.float32)
+    states[:, 2, 0] += 4 * unknown  # of layers 1 to 3: the embeddings, layer 0, are left out
+    groups = np.array([f"g{index // 4}" for index in range(400)])
+    np.savez(tmp_path / "all.npz", states=states, entropies=2.0 * unknown, wrong=unknown, groups=groups)
+    found = compare(tmp_path / "all.npz", {"linear": ours(kind="linear")}, [0], 200, crossed=["linear"])
+    (run,) = found["arms"]["linear"]
+    assert run["layers"] == [1, 2, 3]
+    assert [run["layers"][chosen(run, rule)] for rule in ("auroc", "crossed")] == [2, 2]
+    assert run["unknown"][1] > 0.95
+    assert max(run["unknown"][0], run["unknown"][2]) < 0.7
