@@ -104,8 +104,8 @@ def losses(result: dict[str, Any]) -> list[str]:
     for world, compared in result["comparison"].items():
         title = WORLDS[world].title
         found += [
-            f"On {title}, {NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one round "
-            "with as many annotations."
+            f"On {title}, {NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one "
+            "round with as many annotations."
             for arm, row in compared.items()
             if row["ahead_of_one_round"] < 0
         ]
