@@ -74,7 +74,7 @@ def test_a_shard_that_works_is_worked_on_in_one_piece(tmp_path: Path) -> None:
     assert len(work.calls) == 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.sets(st.integers(0, 39), max_size=6))
 def test_questions_that_raise_are_set_aside_and_all_others_are_worked_on_in_order(
     tmp_path_factory: pytest.TempPathFactory, num_rows: int, broken: set[int]

@@ -34,7 +34,6 @@ def _brute_force(values: list[Fraction]) -> Fraction:
     )
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(0, 24), min_size=2, max_size=30).filter(lambda values: len(set(values)) > 1))
 def test_threshold_is_the_brute_force_argmin_and_the_lowest_of_ties(eighths: list[int]) -> None:
     values = [Fraction(v, 8) for v in eighths]
@@ -111,7 +110,6 @@ def test_split_is_drawn_from_the_seed_and_blind_to_row_order() -> None:
 _group = st.one_of(st.none(), st.sampled_from("abcdefgh"))
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     st.lists(_group, min_size=1, max_size=60),
     st.floats(0.02, 0.96),

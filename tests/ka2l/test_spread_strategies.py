@@ -51,7 +51,7 @@ def pools(draw: st.DrawFn) -> tuple[Candidates, int]:
     return candidates_at(states, np.clip(p_unknown, 0.01, 0.99), asked), draw(st.integers(1, num_candidates))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @pytest.mark.parametrize("kind", KINDS)
 @given(pool=pools(), seed=st.integers(0, 1000))
 def test_any_pool_gives_the_budget_without_repeats_whatever_its_order(
