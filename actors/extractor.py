@@ -1,4 +1,4 @@
-"""Hosts one forward pass a text: questions in, pooled hidden states out; facts in, perplexities out."""
+"""Hosts one forward pass a text: questions in, pooled hidden states out; facts or questions in, perplexities out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.host import Stats
 from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor, UnusableRowsError
-from ka2l.perplexity import PerplexityScorer, fact_tokens
+from ka2l.perplexity import PerplexityScorer, fact_tokens, question_tokens
 from ka2l.prompts import Prompter
-from ka2l.records import DIFFICULTY, hidden_states_schema
+from ka2l.records import DIFFICULTY, PERPLEXITY, hidden_states_schema
 
 
 class PerplexityHost:
@@ -45,6 +46,33 @@ class PerplexityHost:
             "tokens_prompt": float(self.scorer.num_tokens - tokens),
         }
         return pa.Table.from_pylist(made, schema=DIFFICULTY), stats
+
+
+class QuestionPerplexityHost:
+    """One model on one device, asked how hard it finds the wording of questions; one shard a call."""
+
+    def __init__(self, scorer: PerplexityScorer, prompter: Prompter) -> None:
+        self.scorer = scorer
+        self.prompter = prompter
+
+    def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
+        """From ``questions`` to PERPLEXITY, candidates alone. A question without a token to score is left out and
+        counted as ``num_rejected``."""
+        questions = tables["questions"]
+        candidates = questions.filter(pc.equal(questions["split"], "candidate"))
+        tokens, start = self.scorer.num_tokens, time.perf_counter()
+        texts = [question_tokens(self.prompter, question) for question in candidates["question"].to_pylist()]
+        found = np.log(self.scorer.perplexities(texts))
+        stats = {
+            "forward_seconds": time.perf_counter() - start,
+            "forward_passes": float(len(texts)),
+            "tokens_prompt": float(self.scorer.num_tokens - tokens),
+            "num_rejected": float((~np.isfinite(found)).sum()),
+        }
+        usable = np.isfinite(found)
+        ids = candidates["question_id"].filter(pa.array(usable))
+        values = pa.array(found[usable], pa.float32())
+        return pa.table({"question_id": ids, "perplexity": values}, schema=PERPLEXITY), stats
 
 
 class ExtractorHost:

@@ -108,7 +108,7 @@ class ObservePlan(NamedTuple):
     """Share of the candidates that is rehearsed, chosen by a hash of the question's id."""
     rehearsal_greedy: bool
     probe_candidates: bool
-    """Sample every candidate as if it were a seed question (for the strategy ``semantic_entropy``)."""
+    """Sample every candidate as if it were a seed question (for ``semantic_entropy`` and ``entropy``)."""
     num_agreement: int = 0
     """Answers sampled for each eval question, beside the greedy one."""
 

@@ -18,7 +18,7 @@ from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
 from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
-    from actors.extractor import ExtractorHost, PerplexityHost
+    from actors.extractor import ExtractorHost, PerplexityHost, QuestionPerplexityHost
     from actors.metrics import Tags
     from actors.placement import Placement
     from actors.pool import HostPool
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ka2l.annotation_human import Task
     from ka2l.answer_judge import AnswerJudge
     from ka2l.knowledge_writer import KnowledgeWriter
+    from ka2l.perplexity import PerplexityScorer
 
 
 def plugin(kind: str) -> Any:
@@ -112,11 +113,26 @@ def perplexity_host(
 ) -> PerplexityHost:
     """What the difficulty stage runs."""
     from actors.extractor import PerplexityHost
+
+    scorer = _perplexity_scorer(model, config, adapter)
+    return PerplexityHost(scorer, Prompter(load_tokenizer(model), prompt), given_question=given_question)
+
+
+def question_perplexity_host(
+    model: ModelConfig, prompt: PromptConfig, config: ExtractionConfig, adapter: str | None
+) -> QuestionPerplexityHost:
+    """What the perplexity stage runs."""
+    from actors.extractor import QuestionPerplexityHost
+
+    return QuestionPerplexityHost(_perplexity_scorer(model, config, adapter), Prompter(load_tokenizer(model), prompt))
+
+
+def _perplexity_scorer(model: ModelConfig, config: ExtractionConfig, adapter: str | None) -> PerplexityScorer:
     from actors.host import set_num_threads
     from ka2l.perplexity import PerplexityScorer
 
     set_num_threads(config.cpus_per_replica)
-    scorer = PerplexityScorer(
+    return PerplexityScorer(
         model.source,
         dtype=_dtype(model, config.gpus_per_replica),
         adapter=adapter,
@@ -124,7 +140,6 @@ def perplexity_host(
         batch_size=config.batch_size,
         device=config.device,
     )
-    return PerplexityHost(scorer, Prompter(load_tokenizer(model), prompt), given_question=given_question)
 
 
 def equivalence(config: EquivalenceConfig) -> Equivalence:

@@ -100,7 +100,7 @@ class Campaign:
         size = RunSize(
             billions=self._billions,
             num_questions=int(counts["usable"]),
-            num_sampled=int(counts["usable"]) - num_candidates,
+            num_sampled=int(counts["usable"]) - (0 if config.selection.samples_candidates else num_candidates),
             num_rehearsed=round(config.tuning.rehearsal * num_candidates),
             budget=config.selection.budget,
             rounds=config.rounds,

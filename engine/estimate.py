@@ -31,7 +31,7 @@ from engine.events import Events
 from engine.ledger import committed_stages
 from engine.meter import workers
 from engine.stages.tables import among
-from engine.warm_up import Decoding, Pace, Range, Rates, Refining, exactly, measure, measured_once
+from engine.warm_up import Decoding, Pace, Range, Rates, Refining, Scoring, exactly, measure, measured_once
 from ka2l.knowtuning import FINE_GRAINED
 from ka2l.models import ModelConfig
 from ka2l.prompts import teacher_messages
@@ -173,6 +173,8 @@ def _capped(
         )
     if config.evaluation.judges or config.evaluation.text:
         notes.append("What evaluation measures by a judge or by text metrics is not in the figures.")
+    if config.selection.kind in config.selection.COMPARED:
+        notes.append(f"The time of {config.selection.kind} grows with candidates times budget, which is not foreseen.")
     if config.annotator.kind == "human":
         notes.append("People's time is not in the figures.")
     made = predict(config, counts, rates, cap, teaching)
@@ -262,7 +264,7 @@ def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rate
     if config.evaluation.num_samples:
         asked["agreement"], answers["agreement"] = counts["eval"], config.evaluation.num_samples
         prompts += rates.prompt_tokens["eval"] * counts["eval"]
-    if config.selection.kind == "semantic_entropy" and index < config.rounds:
+    if config.selection.samples_candidates and index < config.rounds:
         asked["probe"] += counts["candidate"]
         prompts += rates.prompt_tokens["candidate"] * counts["candidate"]
     judged = sum(asked.values())
@@ -293,9 +295,17 @@ def _predict_probing(config: RunConfig, counts: Mapping[str, int], rates: Rates,
     num_all = sum(counts[split] for split in SPLITS)
     made = [_predict_extract(config, rates, index, "extract", {split: counts[split] for split in SPLITS})]
     for name, pace in rates.driver[min(index, 1)].items():
+        if name == "select" and rates.scoring is not None:
+            made.append(_predict_scoring(config, rates.scoring, index, counts["candidate"]))
         num = counts["seed"] if name in ("label", "probe") else num_all
         made.append(_held(Prediction(index, name, num, seconds=pace.seconds(num)), config))
     return made
+
+
+def _predict_scoring(config: RunConfig, scoring: Scoring, index: int, num: int) -> Prediction:
+    seconds = scoring.pace.seconds(num, config.extraction.replicas)
+    tokens = measured_once(scoring.num_tokens * num)
+    return _held(Prediction(index, "perplexity", num, num, tokens_prompt=tokens, seconds=seconds), config)
 
 
 def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> Prediction:

@@ -139,7 +139,7 @@ def _growth(campaign: Campaign, manifest: Manifest, earlier: int, round_index: i
         counts = campaign.stage("questions").require().metrics
         num_samples = counts["seed"] * config.sampler.num_samples
         num_samples += counts["eval"] * (1 + config.evaluation.num_samples)
-        if config.selection.kind == "semantic_entropy" and round_index < config.rounds:
+        if config.selection.samples_candidates and round_index < config.rounds:
             num_samples += counts["candidate"] * config.sampler.num_samples
         seconds = manifest.cost.get("generate_seconds", 0.0) / config.sampler.replicas
         return min(manifest.seconds, seconds), num_samples / max(1, manifest.metrics["num_samples"])

@@ -40,6 +40,7 @@ ROUND_STAGES = (
     "feedback",
     "knowledge",
     "evaluate",
+    "perplexity",
     "select",
     "corpus_states",
     "decoder",

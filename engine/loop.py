@@ -10,6 +10,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     feedback  how sure was the base model of its own samples, and was it right about what has been annotated?
     knowledge P(unknown) of every question            -> the knowledge map
     evaluate  facts, wording, calibration             -> figures beside accuracy; nothing depends on them
+    perplexity one forward pass a candidate           -> how hard its wording is; for the strategy of that name alone
     select    query strategy                          -> what to ask the annotator
     decode    unknown states to new questions         -> gated; a share of the round's annotations goes to them
     annotate  answers for the selected questions      -> the only stage that costs annotation
@@ -51,6 +52,8 @@ def run(campaign: Campaign) -> None:
             rounds = round_index
             break
         probe_round(campaign, round_index)
+        if campaign.config.selection.kind == "perplexity":
+            stages.perplexity(campaign, round_index)
         stages.select(campaign, round_index)
         if campaign.config.decoder.kind != "none":
             stages.fit_decoder(campaign, round_index)

@@ -121,8 +121,10 @@ def workers(stage: str, config: RunConfig | None) -> tuple[float, float]:
     match stage:
         case "observe":
             return _replicas(config.sampler)
-        case "extract" | "corpus_states" | "difficulty":
+        case "extract" | "corpus_states" | "difficulty" | "perplexity":
             return _replicas(config.extraction)
+        case "cluster" | "feedback":
+            return 1.0, config.equivalence.gpus
         case "decoder" | "decode":
             return decoder.cpus_per_worker, decoder.gpus_per_worker
         case "annotate" if config.annotator.kind == "local_teacher":

@@ -14,7 +14,7 @@ from ka2l.tuning import num_steps
 #: What computation is for, and the stages that do it. ``observe`` and ``cluster`` are shared out: see `_shares`.
 PURPOSES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("observe", "cluster"),
-    "probing": ("label", "extract", "probe", "feedback", "knowledge", "select"),
+    "probing": ("label", "extract", "probe", "feedback", "knowledge", "perplexity", "select"),
     "decoding": ("corpus", "corpus_states", "decoder", "decode"),
     "tuning": ("facts", "difficulty", "augment", "tune", "compare"),
     "measuring": ("evaluate",),

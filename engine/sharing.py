@@ -17,23 +17,23 @@ _SERVICE_CPUS, ASKING_CPUS = 0.75, 0.25
 
 
 @contextlib.contextmanager
-def shared_equivalence(campaign: Campaign, stage: Stage) -> Iterator[tuple[Equivalence | None, float]]:
-    """An equivalence that all cells ask, and the cores that a worker needs with it; None where it needs no model, or
-    the run is alone."""
+def shared_equivalence(campaign: Campaign, stage: Stage) -> Iterator[tuple[Equivalence | None, float, float]]:
+    """An equivalence that all cells ask, and the cores and GPUs that a worker needs with it; None where it needs no
+    model, or the run is alone."""
     config = campaign.config.equivalence
     if campaign.leases is None or config.kind == "lexical" or config.endpoint is not None:
-        yield None, 1.0
+        yield None, 1.0, config.gpus
         return
     service = Service(
         key=fingerprint(kind="equivalence", **config.result_fields()),
         make_host=partial(build.equivalence_host, config),
         cpus=_SERVICE_CPUS,
-        gpus=0.0,
+        gpus=config.gpus,
         deadline_s=campaign.config.faults.deadline_s,
         log_path=campaign.log_path(stage),
     )
     with joined(campaign.leases, service) as worker:
-        yield SharedEquivalence(worker), ASKING_CPUS
+        yield SharedEquivalence(worker), ASKING_CPUS, 0.0
 
 
 def shared_teacher(campaign: Campaign, stage: Stage) -> SharedPool | None:

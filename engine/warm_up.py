@@ -129,6 +129,15 @@ class Refining(NamedTuple):
     """Of an answer's facts, with their prompts."""
 
 
+class Scoring(NamedTuple):
+    """How long it takes to find the perplexity of candidates."""
+
+    pace: Pace
+    """A unit is a candidate."""
+    num_tokens: float
+    """Of a candidate with its prompt."""
+
+
 class Rates(NamedTuple):
     """What the warm-up measured."""
 
@@ -158,6 +167,8 @@ class Rates(NamedTuple):
     """None without a decoder."""
     refining: Refining | None = None
     """None where nothing is taken apart, or a teacher does it."""
+    scoring: Scoring | None = None
+    """None but for ``selection.kind: perplexity``."""
 
 
 def measure(campaign: Campaign, folder: Path) -> Rates:
@@ -172,6 +183,8 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     stages.pool(warm)
     for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.knowledge):
         stage(warm, 0)
+    if warm.config.selection.kind == "perplexity":
+        stages.perplexity(warm, 0)
     stages.select(warm, 0)
     decoding = _measure_decoding(warm) if warm.config.decoder.kind != "none" else None
     stages.annotate(warm, 0)
@@ -203,6 +216,7 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
         tune=_tuning_pace(warm),
         decoding=decoding,
         refining=_refining(warm) if warm.config.tuning.augments else None,
+        scoring=_scoring(warm) if warm.config.selection.kind == "perplexity" else None,
     )
 
 
@@ -297,6 +311,11 @@ def _refining(campaign: Campaign) -> Refining:
         num_facts=measured.cost["forward_passes"] / num_answers,
         num_tokens=measured.cost["tokens_prompt"] / num_answers,
     )
+
+
+def _scoring(campaign: Campaign) -> Scoring:
+    measured = campaign.stage("perplexity", 0).require()
+    return Scoring(_pace(measured), measured.cost["tokens_prompt"] / max(1.0, measured.cost["forward_passes"]))
 
 
 def _trained_pace(manifest: Manifest) -> Pace:

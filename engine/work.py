@@ -16,7 +16,7 @@ class RunSize(NamedTuple):
     """Parameters of the model."""
     num_questions: int
     num_sampled: int
-    """Seed and eval questions: sampled in every round."""
+    """Seed and eval questions, and candidates where the strategy needs their samples: sampled in every round."""
     num_rehearsed: int
     """Candidates whose own answers are rehearsed: sampled in the first round."""
     budget: int

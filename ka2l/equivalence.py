@@ -28,7 +28,7 @@ class EquivalenceConfig(Section):
     """How answers are compared, for clustering samples and for grading answers against references."""
 
     KINDS: ClassVar[tuple[str, ...]] = ("lexical", "nli", "embedding", "judge")
-    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"batch_size", "device", "endpoint", "api_key_env"})
+    LOGISTICS: ClassVar[frozenset[str]] = frozenset({"batch_size", "device", "gpus", "endpoint", "api_key_env"})
 
     kind: str = "lexical"
     """``lexical``: words, numbers and dates, needs no model. ``nli``: each answer entails the other. ``embedding``:
@@ -41,6 +41,8 @@ class EquivalenceConfig(Section):
     """Texts or pairs in one forward pass."""
     device: str = "auto"
     """``auto`` takes a GPU where there is one; otherwise a torch device such as ``cpu`` or ``cuda:0``."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of the worker that compares answers. The cells of a benchmark share one such worker."""
     trust_remote_code: bool = False
     """Run Python code that a model's repository brings along."""
     endpoint: str | None = None

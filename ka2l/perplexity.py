@@ -7,9 +7,12 @@ before a short fact costs no vocabulary-sized matrix.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
+from ka2l.errors import ModelError
 from ka2l.hidden_states import MAX_BATCH_TOKENS
+from ka2l.prompts import Prompter
 from ka2l.training import row_token_ids
 from ka2l.virtual_tokens import expand_cache, open_state
 
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
+
+#: Stands where a question would, to find what a template puts before and after it.
+_MARK = "\u2042 question \u2042"
 
 
 class ScoredText(NamedTuple):
@@ -45,6 +51,29 @@ def fact_tokens(
         return ScoredText(begin + ids, 1)
     prompt_ids, answer_ids = row_token_ids(tokenizer, prompt, fact if chat else f" {fact}", chat)
     return ScoredText(prompt_ids + answer_ids[:-1], len(prompt_ids))  # without the end token: an answer may go on
+
+
+def question_tokens(prompter: Prompter, question: str) -> ScoredText:
+    """A question as the model is asked it: what stands before it in the prompt (instruction, worked examples, the
+    template's own text) is given, the question's own text is scored, and nothing follows.
+
+    A token in which what stands before and the question meet, such as one that begins with a space, counts as the
+    question's.
+
+    Raises:
+        ModelError: the chat template does not repeat the question as it is.
+    """
+    before, _, after = prompter.text(_MARK).partition(_MARK)
+    if prompter.text(question) != before + question + after:
+        raise ModelError(
+            f"the prompt's template changes the question {question[:60]!r}, so that it cannot be found in the prompt",
+            hint="Set prompt.template=plain, or take another selection.kind than perplexity.",
+        )
+    ids = prompter.encode(before + question)
+    while ids and ids[-1] == prompter.tokenizer.eos_token_id:  # of tokenizers that end every text with it
+        ids.pop()
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(prompter.encode(before), ids, strict=False))
+    return ScoredText(ids, max(1, sum(1 for _ in shared)))
 
 
 class PerplexityScorer:

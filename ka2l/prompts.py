@@ -79,7 +79,11 @@ class Prompter:
 
     def token_ids(self, question: str) -> list[int]:
         """The prompt's tokens. A rendered chat prompt already holds its special tokens, so none are added there."""
-        return list(self.tokenizer(self.text(question), add_special_tokens=not self.is_chat)["input_ids"])
+        return self.encode(self.text(question))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt's text, or of its beginning."""
+        return list(self.tokenizer(text, add_special_tokens=not self.is_chat)["input_ids"])
 
 
 def encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:

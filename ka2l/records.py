@@ -185,6 +185,14 @@ FACTS = pa.schema(
 #: One answer a row: how hard the model found each of its facts.
 DIFFICULTY = pa.schema([_ID, _field("perplexities", pa.list_(pa.float64()), "of each fact, in the order of FACTS")])
 
+#: How hard the model finds the wording of each candidate's question, for ``selection.kind: perplexity``.
+PERPLEXITY = pa.schema(
+    [
+        _ID,
+        _field("perplexity", pa.float32(), "mean negative log-likelihood of the question's text, nats a token"),
+    ]
+)
+
 #: One row that KnowTuning trains on.
 PAIRS = pa.schema(
     [

@@ -62,6 +62,11 @@ class SelectionConfig(Section):
     """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
     learnt wrongly. The last round does not explore."""
 
+    @property
+    def samples_candidates(self) -> bool:
+        """Whether sampled answers of all candidates are needed."""
+        return self.kind in self.SAMPLED
+
 
 Strategy = Callable[[Candidates, int, int, SelectionConfig], Selected]
 

@@ -6,7 +6,7 @@ from engine.stages.decoding import decode
 from engine.stages.evaluating import evaluate
 from engine.stages.fitting import check_tables, corpus, fit_decoder
 from engine.stages.knowing import feedback, knowledge, label, probe
-from engine.stages.observing import cluster, extract, observe
+from engine.stages.observing import cluster, extract, observe, perplexity
 from engine.stages.pool import check_budget, pool
 from engine.stages.tuning import compare, tune
 
@@ -28,6 +28,7 @@ __all__ = [
     "knowledge",
     "label",
     "observe",
+    "perplexity",
     "pool",
     "probe",
     "select",

@@ -28,6 +28,13 @@ from ka2l.selection import Candidates, Shortlist
 from ka2l.selection import select as select_candidates
 from ka2l.teacher_reply import Usage
 
+#: selection.kind -> the stage and column that hold what candidates are ranked by, and its name in Candidates.
+_MEASURED = {
+    "semantic_entropy": ("cluster", "semantic_entropy", "entropy"),
+    "entropy": ("cluster", "predictive_entropy", "predictive_entropy"),
+    "perplexity": ("perplexity", "perplexity", "perplexity"),
+}
+
 
 def select(campaign: Campaign, round_index: int) -> None:
     """Choose the questions to annotate by the query strategy."""
@@ -36,6 +43,8 @@ def select(campaign: Campaign, round_index: int) -> None:
     stages = ("select", "decode") if config.decoder.kind != "none" else ("select",)
     chosen_before = [campaign.stage(name, index) for index in range(round_index) for name in stages]
     observed, extracted = campaign.stage("cluster", round_index), campaign.stage("extract", round_index)
+    kind = config.selection.kind
+    measured = [campaign.stage("perplexity", round_index)] if kind == "perplexity" else []
     budget = campaign.num_left(round_index)
 
     def work(stage: Stage) -> Outcome:
@@ -49,56 +58,69 @@ def select(campaign: Campaign, round_index: int) -> None:
         for name in known.shard_names():
             shortlist.add(_candidates(campaign, round_index, name, taken))
         candidates = shortlist.candidates()
-        if config.selection.kind == "probe_diverse" or ":" in config.selection.kind:
+        if kind in ("probe_diverse", *config.selection.COMPARED) or ":" in kind:
             states = _chosen_states(campaign, extracted, round_index, candidates.question_ids)
-            candidates = candidates._replace(states=states)
+            asked = _asked_states(campaign, extracted, round_index, taken) if len(taken) else None
+            candidates = candidates._replace(states=states, asked_states=asked)
         wanted = wanted.model_copy(update={"budget": min(budget, shortlist.num_seen)})
         chosen = select_candidates(candidates, wanted, seed, build.strategy(config.selection))
         columns = {
             "question_id": [candidates.question_ids[index] for index in chosen.indices],
             "rank": np.arange(len(chosen.indices)),
             "score": chosen.scores,
-            "strategy": [config.selection.kind] * len(chosen.indices),
+            "strategy": [kind] * len(chosen.indices),
         }
         write_shard(stage.url, shard_name(0), make_table(columns, SELECTION), {})
         counts = {"num_selected": len(chosen.indices), "num_candidates": shortlist.num_seen}
-        return {"strategy": config.selection.kind} | counts, {}
+        if kind in config.selection.COMPARED:  # of a large pool a uniform draw
+            counts["num_compared"] = len(candidates.question_ids)
+        return {"strategy": kind} | counts, {}
 
     commit_stage(
         campaign, "select", round_index, config=config.selection.result_fields() | {"budget": budget},
-        inputs=[known, *chosen_before, observed, extracted], work=work,
+        inputs=[known, *chosen_before, observed, extracted, *measured], work=work,
     )  # fmt: skip
 
 
 def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Array) -> Candidates:
     """The candidates of one shard that have not been asked yet."""
-    known, observed = campaign.stage("knowledge", round_index), campaign.stage("cluster", round_index)
+    known = campaign.stage("knowledge", round_index)
     table = read_shard(known.url, shard, ["question_id", "split", "score", "p_unknown", "p_wrong"])
     asked = pc.is_in(table["question_id"], value_set=taken)
     table = table.filter(pc.and_(pc.equal(table["split"], "candidate"), pc.invert(asked)))
-    entropy = None
-    if campaign.config.selection.kind == "semantic_entropy":
-        drawn = read_shard(observed.url, shard, ["question_id", "purpose", "semantic_entropy"])
-        found = by_id(drawn.filter(pc.equal(drawn["purpose"], "probe")), "semantic_entropy")
-        # What could not be sampled cannot be ranked.
+    measured: dict[str, np.ndarray] = {}
+    if campaign.config.selection.kind in _MEASURED:
+        stage, column, name = _MEASURED[campaign.config.selection.kind]
+        where = pc.field("purpose") == "probe" if stage == "cluster" else None
+        drawn = read_shard(campaign.stage(stage, round_index).url, shard, ["question_id", column], where)
+        found = by_id(drawn.filter(pc.is_finite(drawn[column])), column)
+        # What could not be measured cannot be ranked.
         table = table.filter(pc.is_in(table["question_id"], pa.array(list(found), pa.string())))
-        entropy = np.array([found[name] for name in table["question_id"].to_pylist()], dtype=np.float64)
+        measured[name] = np.array([found[name] for name in table["question_id"].to_pylist()], dtype=np.float64)
     p_wrong = table["p_wrong"]
     return Candidates(
         question_ids=table["question_id"].to_pylist(),
         score=table["score"].to_numpy(),
         p_unknown=table["p_unknown"].to_numpy(),
-        entropy=entropy,
         # One axis alone where nothing has been graded: then the column is empty in all shards.
         p_wrong=None if p_wrong.null_count else p_wrong.to_numpy(),
+        **measured,
     )
 
 
 def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: Sequence[str]) -> np.ndarray:
-    layer = campaign.stage("probe", round_index).require().metrics["layer"]
-    sorted_ids, states = states_of(extracted, ids, layer)
+    sorted_ids, states = states_of(extracted, ids, _probe_layer(campaign, round_index))
     row_of = {question_id: row for row, question_id in enumerate(sorted_ids)}
     return states[[row_of[question_id] for question_id in ids], 0]
+
+
+def _asked_states(campaign: Campaign, extracted: Stage, round_index: int, taken: pa.Array) -> np.ndarray:
+    """Of questions asked in earlier rounds, in the order of their ids; decoded ones have none."""
+    return states_of(extracted, taken.to_pylist(), _probe_layer(campaign, round_index))[1][:, 0]
+
+
+def _probe_layer(campaign: Campaign, round_index: int) -> int:
+    return int(campaign.stage("probe", round_index).require().metrics["layer"])
 
 
 def annotate(campaign: Campaign, round_index: int) -> None:

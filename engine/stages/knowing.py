@@ -118,7 +118,7 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             for row in source.table(["question_id", "answers"]).to_pylist()
         }
         inputs = {"questions": ShardInput(questions.url, ["question_id", "question"])}
-        with shared_equivalence(campaign, stage) as (shared, cpus):
+        with shared_equivalence(campaign, stage) as (shared, cpus, gpus):
             run_host(
                 campaign,
                 stage,
@@ -126,7 +126,7 @@ def feedback(campaign: Campaign, round_index: int) -> None:
                 inputs | {source[0]: ShardInput(source[1].url)},
                 replicas=1,
                 cpus=cpus,
-                gpus=0.0,
+                gpus=gpus,
             )
         return {
             "num_sampled": num_rows(stage),

@@ -1,4 +1,4 @@
-"""What a model state says and thinks: samples, clusters of meaning, hidden states."""
+"""What a model state says and thinks: samples, clusters of meaning, hidden states, perplexities."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def observe(campaign: Campaign, round_index: int) -> None:
         rehearsal_share=config.tuning.rehearsal,
         rehearsal_greedy=greedy,
         # The last observation only measures: nothing is selected after it.
-        probe_candidates=config.selection.kind == "semantic_entropy" and round_index < config.rounds,
+        probe_candidates=config.selection.samples_candidates and round_index < config.rounds,
         num_agreement=config.evaluation.num_samples,
     )
     state = campaign.state(round_index)
@@ -68,7 +68,7 @@ def cluster(campaign: Campaign, round_index: int) -> None:
     observed = campaign.stage("observe", round_index)
 
     def work(stage: Stage) -> Outcome:
-        with shared_equivalence(campaign, stage) as (shared, cpus):
+        with shared_equivalence(campaign, stage) as (shared, cpus, gpus):
             run_host(
                 campaign,
                 stage,
@@ -80,7 +80,7 @@ def cluster(campaign: Campaign, round_index: int) -> None:
                 },
                 replicas=1,
                 cpus=cpus,
-                gpus=0.0,
+                gpus=gpus,
             )
         return _cluster_metrics(campaign, stage, round_index), {}
 
@@ -151,4 +151,30 @@ def extract(campaign: Campaign, round_index: int) -> None:
     commit_stage(
         campaign, "extract", round_index, config=fields, inputs=[questions, *adapter_input(campaign, round_index)],
         work=work,
+    )  # fmt: skip
+
+
+def perplexity(campaign: Campaign, round_index: int) -> None:
+    """How hard this round's model state finds the wording of every candidate: one forward pass."""
+    config = campaign.config
+    questions = campaign.stage("questions")
+    state = campaign.state(round_index)
+
+    def work(stage: Stage) -> Outcome:
+        run_host(
+            campaign,
+            stage,
+            partial(build.question_perplexity_host, state.model, config.prompt, config.extraction, state.adapter),
+            {"questions": ShardInput(questions.url, ["question_id", "question", "split"])},
+            replicas=config.extraction.replicas,
+            cpus=config.extraction.cpus_per_replica,
+            gpus=config.extraction.gpus_per_replica,
+        )
+        names = sorted(stage.finished_shards())
+        found = pa.concat_tables([read_shard(stage.url, name, ["perplexity"]) for name in names])["perplexity"]
+        return {"num_questions": len(found), "mean_perplexity": pc.mean(found).as_py()}, {}
+
+    commit_stage(
+        campaign, "perplexity", round_index, config={"prompt": config.prompt.result_fields()},
+        inputs=[questions, *adapter_input(campaign, round_index)], work=work,
     )  # fmt: skip

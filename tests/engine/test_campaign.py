@@ -51,7 +51,7 @@ def committed(run_dir: Path) -> dict[str, bytes]:
 
 def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
     places = [(stage.name, stage.round_index) for stage in committed_stages(run)]
-    of_others = ("corpus_states", "decoder", "decode", "facts", "difficulty", "augment", "compare")
+    of_others = ("corpus_states", "decoder", "decode", "facts", "difficulty", "augment", "compare", "perplexity")
     stages = [name for name in ROUND_STAGES if name not in of_others]
     assert places == [
         ("questions", None),

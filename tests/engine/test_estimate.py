@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import load_config
 from engine.estimate import Estimate, Prediction, Teaching, _capped, predict, teaching_of
-from engine.warm_up import Pace, Range, Rates, Refining, exactly, mean_of, measured_once
+from engine.warm_up import Pace, Range, Rates, Refining, Scoring, exactly, mean_of, measured_once
 from ka2l.teacher_config import Prices, TeacherConfig
 
 RATES = Rates(
@@ -130,6 +130,27 @@ def test_a_writer_that_was_not_asked_is_told_with_its_requests() -> None:
     overrides = ["tuning.knowtuning.writer=teacher", "annotator.kind=teacher", "annotator.teacher.model=m"]
     _, notes = _capped(load_config("knowtuning", overrides), COUNTS, RATES, 100, None)
     assert any("up to 7 an annotation" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ["semantic_entropy", "entropy"])
+def test_a_strategy_that_ranks_by_samples_has_every_candidate_sampled_but_after_the_last_round(kind: str) -> None:
+    more, less = (of("observe", rows(f"selection.kind={name}")) for name in (kind, "probe"))
+    extra = [one.forward_passes - other.forward_passes for one, other in zip(more, less, strict=True)]
+    assert extra == [1500, 1500, 1500, 0]
+
+
+def test_the_perplexity_of_candidates_is_a_forward_pass_each() -> None:
+    config = load_config("quickstart", [*PLAIN, "selection.kind=perplexity", "extraction.replicas=2"])
+    scoring = Scoring(Pace(exactly(8.0), exactly(0.01)), num_tokens=12.0)
+    made = predict(config, COUNTS, RATES._replace(scoring=scoring), 750)
+    scored = of("perplexity", made)
+    assert [(row.round_index, row.forward_passes) for row in scored] == [(0, 1500), (1, 1500), (2, 1500)]
+    assert scored[0].seconds == exactly(8.0 + 1500 * 0.01 / 2)
+    assert scored[0].tokens_prompt.value == 1500 * 12
+    held = 2 * config.extraction.cpus_per_replica
+    assert scored[0].cpu_seconds.value == pytest.approx(held * scored[0].seconds.value)
+    names = [row.stage for row in made if row.round_index == 0]
+    assert names.index("perplexity") + 1 == names.index("select")
 
 
 def test_rounds_and_run_are_the_sums_of_their_stages() -> None:

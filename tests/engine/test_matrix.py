@@ -10,6 +10,7 @@ import yaml
 
 from engine.matrix import cells, dump_matrix, load_matrix, merge
 from ka2l.errors import ConfigError
+from ka2l.pool_sources import KNOWN_DATASETS
 
 
 def matrix(folder: Path, **values: Any) -> str:
@@ -55,6 +56,23 @@ def test_what_is_written_down_reads_back_as_the_same(tmp_path: Path) -> None:
     assert again == config
     assert again.max_running == 2
     assert cells(again) == cells(config)
+
+
+@pytest.mark.parametrize("name", ["paper_triviaqa", "paper_nq_open", "paper_medmcqa"])
+def test_the_papers_setting_is_its_nine_models_with_three_strategies_on_half_of_the_candidates(name: str) -> None:
+    made = cells(load_matrix(name))
+    assert {cell.model for cell in made} == {cell.model for cell in cells(load_matrix("nine"))}
+    assert len(made) == 9 * 3
+    assert {cell.config.selection.kind for cell in made} == {"probe", "random", "known"}
+    (pool,) = {cell.config.pool for cell in made}
+    assert pool.path in KNOWN_DATASETS
+    for cell in made:
+        config = cell.config
+        assert (config.rounds, config.selection.budget, config.tuning.rehearsal) == (1, 5000, 0)
+        assert 10_000 <= (pool.limit or 0) - pool.num_seed - pool.num_eval <= 12_000
+        sampler = config.sampler
+        assert (sampler.num_samples, sampler.temperature, sampler.max_tokens) == (10, 1.0, 256)
+        assert (config.prompt.num_shots, config.equivalence.kind, config.equivalence.gpus) == (5, "nli", 0.25)
 
 
 @pytest.mark.parametrize(

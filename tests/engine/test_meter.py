@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from engine.meter import Meter
+from engine.config import load_config
+from engine.meter import Meter, workers
 
 
 class Clock:
@@ -63,6 +64,15 @@ def test_what_fails_is_counted_too_and_the_next_attempt_adds_to_it() -> None:
     with meter.measure(notes.last, notes):
         clock.now += 1
     assert notes.last == {"seconds": 8.0, "cpu_seconds": 15.0, "gpu_seconds": 0.0}
+
+
+def test_what_compares_answers_holds_the_gpus_that_the_config_gives_it() -> None:
+    config = load_config("quickstart", ["equivalence.gpus=0.5"])
+    assert {stage: workers(stage, config) for stage in ("cluster", "feedback", "label")} == {
+        "cluster": (1.0, 0.5),
+        "feedback": (1.0, 0.5),
+        "label": (1.0, 0.0),
+    }
 
 
 def test_one_stage_does_not_count_for_the_next() -> None:

@@ -23,7 +23,9 @@ from engine.report import collect
 from engine.stages import tables, tuning
 from engine.stages.choosing import annotation_context
 from engine.stages.tables import annotated_ids, asked_ids, states_of
-from ka2l.records import CLUSTERS, QUESTIONS, REFERENCES, SAMPLES, hidden_states_schema
+from ka2l import spread_strategies
+from ka2l.records import CLUSTERS, PERPLEXITY, QUESTIONS, REFERENCES, SAMPLES, hidden_states_schema
+from ka2l.selection import SelectionConfig
 
 NUM, LAYERS, WIDTH = 600, [1, 2], 5
 IDS = [f"q{index:03d}" for index in range(NUM)]
@@ -137,11 +139,15 @@ def select(campaign: Campaign) -> list[dict[str, Any]]:
     return rows
 
 
+#: Strategies that need no other stage than these.
+KINDS = tuple(kind for kind in SelectionConfig.KINDS if kind not in (*SelectionConfig.SAMPLED, "perplexity"))
+
+
 def test_the_same_is_selected_however_the_pool_is_cut(begin: Begin) -> None:
     chosen: dict[str, list[Any]] = {}
     for shard_rows in (NUM, 100, 7):
         campaign = begin(shard_rows)
-        for kind in ("probe", "probe_diverse", "two_axis", "random"):
+        for kind in KINDS:
             selection = campaign.config.selection.model_copy(update={"kind": kind})
             campaign.config = campaign.config.model_copy(update={"selection": selection})
             campaign.stage("select", 0).remove()
@@ -150,6 +156,48 @@ def test_the_same_is_selected_however_the_pool_is_cut(begin: Begin) -> None:
         assert len(cuts[0]) == 12
         assert cuts[0] == cuts[1] == cuts[2]
     assert len({str(cuts[0]) for cuts in chosen.values()}) == len(chosen)
+
+
+@pytest.mark.parametrize("kind", [*SelectionConfig.SAMPLED, "perplexity"])
+def test_a_strategy_that_ranks_by_what_a_stage_measures_joins_it_by_question(kind: str, begin: Begin) -> None:
+    campaign = begin(100)
+    values = np.random.default_rng(1).permutation(NUM).astype(np.float32)
+    of = dict(zip(IDS, values.tolist(), strict=True))
+    best = sorted((name for name, split in zip(IDS, SPLIT, strict=True) if split == "candidate"), key=lambda n: -of[n])
+    values[IDS.index(best[0])] = np.nan  # what could not be measured is not ranked
+    if kind == "perplexity":
+        table = pa.table({"question_id": IDS, "perplexity": values}, schema=PERPLEXITY)
+        commit(campaign.stage("perplexity", 0), table.take(pa.array(range(NUM - 1, -1, -1))), 100)
+    else:
+        column = {"semantic_entropy": "semantic_entropy", "entropy": "predictive_entropy"}[kind]
+        table = clusters()
+        drawn = table.slice(0, 1).to_pylist()[0] | {"purpose": "probe", "correct": None}
+        rows = [drawn | {"question_id": name, column: float(values[IDS.index(name)])} for name in best]
+        joined = pa.concat_tables([table, pa.Table.from_pylist(rows, schema=CLUSTERS)])
+        campaign.stage("cluster", 0).remove()
+        commit(campaign.stage("cluster", 0), joined, 100)
+    selection = campaign.config.selection.model_copy(update={"kind": kind})
+    campaign.config = campaign.config.model_copy(update={"selection": selection})
+    assert [row["question_id"] for row in select(campaign)] == best[1:13]
+
+
+@pytest.mark.parametrize("kind", SelectionConfig.COMPARED)
+def test_of_a_large_pool_the_states_of_a_uniform_draw_alone_are_read(
+    kind: str, begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread_strategies, "MAX_COMPARED", 50)
+    read: list[int] = []
+    monkeypatch.setattr(
+        "engine.stages.choosing.states_of",
+        lambda stage, ids, layer: read.append(len(ids)) or states_of(stage, ids, layer),
+    )
+    campaign = begin(100)
+    selection = campaign.config.selection.model_copy(update={"kind": kind})
+    campaign.config = campaign.config.model_copy(update={"selection": selection})
+    assert len({row["question_id"] for row in select(campaign)}) == 12
+    assert read == [50]
+    metrics = campaign.stage("select", 0).require().metrics
+    assert (metrics["num_compared"], metrics["num_candidates"]) == (50, SPLIT.count("candidate"))
 
 
 def test_no_stage_reads_a_table_of_the_pools_size_at_once(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:

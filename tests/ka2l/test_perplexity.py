@@ -2,12 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from ka2l.adapter import load_model, load_tokenizer
-from ka2l.perplexity import PerplexityScorer, ScoredText, fact_tokens
+from ka2l.errors import ModelError
+from ka2l.perplexity import PerplexityScorer, ScoredText, fact_tokens, question_tokens
+from ka2l.prompts import PromptConfig, Prompter
 
 FACTS = ["Rome is old.", "The sea is wide and the night is long.", "x y"]
 PROMPT = "Question: What is Rome?\nAnswer:"
@@ -50,6 +53,38 @@ def test_a_fact_is_scored_to_its_last_token_and_not_beyond(tiny_models: Callable
     assert tokenizer.decode(alone.token_ids[alone.start :]) == FACTS[0]
     assert tokenizer.decode(answered.token_ids[answered.start :]).strip() == FACTS[0]
     assert alone.start == 1
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+@pytest.mark.parametrize("name", ["llama-2", "qwen2.5", "glm-4", "gemma-2"])
+def test_of_a_question_its_own_text_is_scored_after_what_stands_before_it_in_the_prompt(
+    name: str, template: Literal["plain", "chat"], tiny_models: Callable[..., Path]
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_models(name)))
+    prompter = Prompter(tokenizer, PromptConfig(template=template, num_shots=1))
+    # The first is a worked example, too; the second stands in the words around it.
+    for question in ("What is the capital of France?", "Question", "Où est-ce, là-bas?"):
+        scored = question_tokens(prompter, question)
+        assert tokenizer.decode(scored.token_ids[scored.start :]).strip() == question
+        whole = tokenizer.decode(prompter.token_ids(question))
+        assert whole.startswith(tokenizer.decode(scored.token_ids))
+        assert tokenizer.decode(scored.token_ids[: scored.start]).count("Question:") == 2
+
+
+def test_the_end_token_that_a_tokenizer_adds_is_not_the_questions(tiny_models: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(str(tiny_models("llama-2")))
+    prompter = Prompter(tokenizer, PromptConfig(template="plain"))
+    expected = question_tokens(prompter, "Who?")
+    plain = prompter.encode
+    prompter.encode = lambda text: [*plain(text), tokenizer.eos_token_id]  # type: ignore[method-assign]
+    assert question_tokens(prompter, "Who?") == expected
+
+
+def test_a_template_that_changes_the_question_is_refused(tiny_models: Callable[..., Path]) -> None:
+    tokenizer = load_tokenizer(str(tiny_models("llama-2")))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] | upper }}{% endfor %}"
+    with pytest.raises(ModelError, match="changes the question"):
+        question_tokens(Prompter(tokenizer, PromptConfig(template="chat")), "Who?")
 
 
 def test_a_text_without_a_token_to_score_has_no_perplexity(tiny_models: Callable[..., Path]) -> None:
