@@ -214,7 +214,7 @@ def test_marks_spare_lexical_most_comparisons_and_change_no_cluster() -> None:
 
 def test_lexical_agrees_with_human_verdicts_on_natural_questions(shared_dir: Path) -> None:
     # 1,490 answers of systems to NQ-301, judged by people (Kamalloo et al. 2023, arXiv 2305.06984). Measured: accuracy
-    # 0.772, kappa 0.556, precision 0.938; exact match alone: accuracy 0.63, precision 0.95. People also accept right
+    # 0.786, kappa 0.581, precision 0.940; exact match alone: accuracy 0.654, precision 0.941. People also accept right
     # answers that no reference names, which bounds the recall of any comparison with references.
     from sklearn.metrics import cohen_kappa_score, precision_score
 
@@ -228,8 +228,8 @@ def test_lexical_agrees_with_human_verdicts_on_natural_questions(shared_dir: Pat
     )
     lexical = [grade.correct for grade in grades]
     accuracy = sum(a == b for a, b in zip(lexical, human, strict=True)) / len(rows)
-    assert accuracy > 0.765
-    assert cohen_kappa_score(human, lexical) > 0.545
+    assert accuracy > 0.78
+    assert cohen_kappa_score(human, lexical) > 0.57
     assert precision_score(human, lexical) > 0.93
 
 
