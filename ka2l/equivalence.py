@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from pydantic import Field, model_validator
 
 from ka2l.errors import ConfigError, EngineError, ModelError
-from ka2l.lexical import same_answer
+from ka2l.lexical import answer_marks, same_answer
 from ka2l.metrics import exact_match, token_f1
 from ka2l.models import encoder_max_length
 from ka2l.normalise import surface_key
@@ -59,7 +59,11 @@ class EquivalenceConfig(Section):
 
 
 class Equivalence(Protocol):
-    """Decides pairs of answers in one batch."""
+    """Decides pairs of answers in one batch.
+
+    One that can tell answers apart without comparing them may also have ``marks(answer)``, a set: answers of one
+    question without a common mark are then not compared.
+    """
 
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
         """Whether ``left[i]`` and ``right[i]`` mean the same as answers to ``questions[i]``; all of one length."""
@@ -72,6 +76,10 @@ class LexicalEquivalence:
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
         """See :class:`Equivalence`."""
         return [same_answer(q, a, b) for q, a, b in zip(questions, left, right, strict=True)]
+
+    def marks(self, answer: str) -> frozenset[tuple[str, object]]:
+        """See :func:`ka2l.lexical.answer_marks`."""
+        return answer_marks(answer)
 
 
 class NLIEquivalence:
@@ -336,6 +344,7 @@ def cluster_answers(
     algorithm's. It is asked column by column: the first answer without a cluster opens one, and all others without a
     cluster are compared with it. So an answer meets the representatives in their order and no further than the first
     that takes it, and pairs of all questions are asked together, in as many calls as a question has clusters.
+    Pairs whose marks tell them apart are not asked.
     """
     keys = [[surface_key(answer) for answer in row] for row in answers]
     first_spellings: list[dict[str, str]] = [{} for _ in answers]
@@ -345,9 +354,10 @@ def cluster_answers(
 
     leaders: list[dict[str, str]] = [{"": ""} for _ in answers]
     waiting = [[key for key in spellings if key] for spellings in first_spellings]
+    may_match = _shared_marks(first_spellings, equivalence)
     num_asked = 0
     while any(waiting):
-        pairs = [(q, key, row[0]) for q, row in enumerate(waiting) for key in row[1:]]
+        pairs = [(q, key, row[0]) for q, row in enumerate(waiting) for key in row[1:] if may_match(q, key, row[0])]
         for known, row in zip(leaders, waiting, strict=True):
             known.update({key: key for key in row[:1]})
         if pairs:
@@ -366,6 +376,15 @@ def cluster_answers(
     # Clusters are numbered as they open, so the representatives before an answer are the largest id so far plus one.
     num_full = sum(largest + 1 for row in ids for largest in accumulate(row[:-1], max))
     return ClusterResult(ids, num_asked, num_full)
+
+
+def _shared_marks(spellings: Sequence[dict[str, str]], equivalence: Equivalence) -> Callable[[int, str, str], bool]:
+    """Whether two of a question's answers may be the same, by the equivalence's marks where it has them."""
+    marks_of: Callable[[str], frozenset[Any]] | None = getattr(equivalence, "marks", None)
+    if marks_of is None:
+        return lambda q, a, b: True
+    marks = [{key: marks_of(answer) for key, answer in row.items()} for row in spellings]
+    return lambda q, a, b: not marks[q][a].isdisjoint(marks[q][b])
 
 
 def _numbered(names: Sequence[str]) -> list[int]:

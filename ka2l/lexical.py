@@ -66,6 +66,29 @@ def same_answer(question: str, left: str, right: str) -> bool:
     return _in_sentence(asked, a, b, left) or _in_sentence(asked, b, a, right)
 
 
+def answer_marks(answer: str) -> frozenset[tuple[str, object]]:
+    """What an answer can be found by: answers with no mark in common are never the same, whatever the question.
+
+    One look at each answer settles most pairs so, and only the others need :func:`same_answer`. Every way in which that
+    may say yes leaves a mark: an agreeing word, number or field of a date, the same letters, an acronym.
+    """
+    words = tokenize(answer)
+    content = _contentful(words)
+    marks: set[tuple[str, object]] = set()
+    for token in content:
+        if isinstance(token, Date):
+            for reading in token.readings:
+                marks |= {("number", reading.year), ("month", reading.month), ("day", reading.day)}
+        else:
+            marks.add(("number", token.value) if isinstance(token, Number) else ("word", token))
+    for tokens in (content, words):
+        if not _figures(tokens):
+            marks.add(("letters", "".join(map(str, tokens))))
+            if len(tokens) > 1:
+                marks.add(("letters", "".join(str(t)[0] for t in tokens)))
+    return frozenset(mark for mark in marks if mark[1] not in (None, ""))
+
+
 def _contentful(tokens: tuple[Token, ...]) -> list[Token]:
     content = [t for t in tokens if t not in _FILLERS]
     return content or list(tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from ka2l.equivalence import (
     parse_verdict,
 )
 from ka2l.errors import EngineError, ModelError
-from ka2l.lexical import same_answer
+from ka2l.lexical import answer_marks, same_answer
 from ka2l.normalise import surface_key
 
 
@@ -110,6 +111,7 @@ class Relation:
 def test_lexical_takes_spellings_of_one_answer_for_the_same(question: str, left: str, right: str) -> None:
     assert same_answer(question, left, right)
     assert same_answer(question, right, left)
+    assert surface_key(left) == surface_key(right) or not answer_marks(left).isdisjoint(answer_marks(right))
 
 
 @pytest.mark.parametrize(
@@ -179,9 +181,40 @@ def test_lexical_is_symmetric(question: str, left: str, right: str) -> None:
     assert same_answer(question, left, right) == same_answer(question, right, left)
 
 
+_MANY_PIECES = [
+    *_PIECES.split(),
+    *str.split("NYP A.B. 1972 one two hundred 12/14/1972 03/04/1972 December to between and or is was Will William"),
+    *str.split("Friedle J.R. head-up headup head up of saint St. and D.C. dc US United States 5km kilometres 1990s"),
+]
+_LONG_ANSWER = st.lists(st.sampled_from(_MANY_PIECES), max_size=6).map(" ".join)
+
+
+@settings(max_examples=3000, derandomize=True, deadline=None)
+@given(_LONG_ANSWER, _LONG_ANSWER, _LONG_ANSWER)
+def test_lexical_never_takes_answers_without_a_common_mark_for_the_same(question: str, left: str, right: str) -> None:
+    if surface_key(left) != surface_key(right) and answer_marks(left).isdisjoint(answer_marks(right)):
+        assert not same_answer(question, left, right)
+
+
+def test_marks_spare_lexical_most_comparisons_and_change_no_cluster() -> None:
+    class Counting(LexicalEquivalence):
+        num_pairs = 0
+
+        def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
+            self.num_pairs += len(left)
+            return super().equivalent(questions, left, right)
+
+    answers = [["Paris", "London", "in Rome", "Paris, France", "Oslo", "Roma", "LA", "Los Angeles", "Oslo."]]
+    counting = Counting()
+    result = cluster_answers(["where"], answers, counting)
+    assert result.ids == cluster_answers(["where"], answers, Relation(partial(same_answer, "where"))).ids
+    assert result.ids == [[0, 1, 2, 0, 3, 4, 5, 5, 3]]
+    assert result.num_pairs_asked == counting.num_pairs == 2
+
+
 def test_lexical_agrees_with_human_verdicts_on_natural_questions(shared_dir: Path) -> None:
     # 1,490 answers of systems to NQ-301, judged by people (Kamalloo et al. 2023, arXiv 2305.06984). Measured: accuracy
-    # 0.772, kappa 0.556, precision 0.938; exact match alone: accuracy 0.63, precision 0.95. People also accept right
+    # 0.786, kappa 0.581, precision 0.940; exact match alone: accuracy 0.654, precision 0.941. People also accept right
     # answers that no reference names, which bounds the recall of any comparison with references.
     from sklearn.metrics import cohen_kappa_score, precision_score
 
@@ -195,8 +228,8 @@ def test_lexical_agrees_with_human_verdicts_on_natural_questions(shared_dir: Pat
     )
     lexical = [grade.correct for grade in grades]
     accuracy = sum(a == b for a, b in zip(lexical, human, strict=True)) / len(rows)
-    assert accuracy > 0.765
-    assert cohen_kappa_score(human, lexical) > 0.545
+    assert accuracy > 0.78
+    assert cohen_kappa_score(human, lexical) > 0.57
     assert precision_score(human, lexical) > 0.93
 
 
