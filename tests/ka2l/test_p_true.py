@@ -116,19 +116,19 @@ def test_it_is_what_the_logits_of_one_plain_forward_pass_give(name: str, tiny_mo
     np.testing.assert_allclose(p_true(scorer, tokenizer, PROMPTS, chat=False), expected, atol=1e-4)
 
 
-def test_options_of_one_token_each_are_read_from_one_pass(tiny_models: Callable[..., Path]) -> None:
-    """As in most real vocabularies, and unlike in the tiny ones, where an option is several tokens."""
+def test_options_of_one_token_each_are_read_from_one_pass_over_the_prompt(
+    tiny_models: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in most real vocabularies; in the tiny ones True and False are several tokens."""
     path = tiny_models("llama-2")
     scorer, tokenizer = scorer_of(path)
-    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
-    found = scorer.next_token_log_likelihoods(prompts, [[ord(" ") + 5, ord("!") + 9]] * len(prompts))
-    assert scorer.num_tokens == sum(len(ids) + 1 for ids in prompts)
-
-    import torch
-
-    for row, ids in zip(found, prompts, strict=True):
-        logits = load_model(str(path)).eval()(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-        np.testing.assert_allclose(row, [logits[ord(" ") + 5].item(), logits[ord("!") + 9].item()], rtol=1e-4)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    of_one_token = [one for one in letters if len(tokenizer(f" {one}", add_special_tokens=False)["input_ids"]) == 1]
+    monkeypatch.setattr("ka2l.p_true.OPTIONS", tuple(of_one_token[:2]))
+    found = option_log_likelihoods(scorer, tokenizer, PROMPTS, chat=False)
+    expected = [[by_hand(path, prompt, f" {option}") for option in of_one_token[:2]] for prompt in PROMPTS]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert scorer.num_tokens == sum(len(tokenizer(prompt)["input_ids"]) + 1 for prompt in PROMPTS)
 
 
 def test_the_probabilities_of_both_options_sum_to_one(
