@@ -90,9 +90,11 @@ def main() -> None:
             for point in made:
                 print(stage, {key: round(v, 3) if isinstance(v, float) else v for key, v in point.items()},
                       file=sys.stderr, flush=True)  # fmt: skip
-    points.sort(key=lambda point: STAGES.index(point["job"]))
-    result = {"default": DEFAULT, "threads": options.threads, "points": points}
-    print(f"written: {write_result('costs', result, options.out)}")
+            # After every process: one that fails later takes nothing with it.
+            points.sort(key=lambda point: STAGES.index(point["job"]))
+            result = {"default": DEFAULT, "threads": options.threads, "points": points}
+            path = write_result("costs", result, options.out)
+    print(f"written: {path}")
 
 
 def jobs(stage: str, models: dict[int, str]) -> list[tuple[str, list[dict[str, Any]]]]:

@@ -33,7 +33,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +159,8 @@ def agreements(folder: Path) -> dict[str, Any]:
     }
 
 
-def probes(options: argparse.Namespace) -> dict[str, Any]:
-    """Arms on every testbed and number of rows to fit on."""
+def probes(options: argparse.Namespace, found: dict[str, Any], save: Callable[[], object]) -> None:
+    """Adds to ``found`` what arms come to on every testbed, number of rows to fit on and split that it lacks."""
     import torch
     from public_probe import compare, ours, public
 
@@ -170,19 +170,24 @@ def probes(options: argparse.Namespace) -> dict[str, Any]:
         "mlp": ours(kind="mlp"),
         "linear": ours(kind="linear"),
     }
-    found: dict[str, Any] = {}
+    options.work.mkdir(parents=True, exist_ok=True)
     for seed in options.testbed_seeds:
-        testbed = testbed_of(seed)
-        with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:
-            file = Path(name) / "all.npz"
+        file = options.work / f"observed-{seed}.npz"
+        if not file.exists():
+            testbed = testbed_of(seed)
             spec = {key: getattr(options, key) for key in ("num_samples", "max_tokens", "threads")}
             spec |= {"model": str(testbed.model), "questions": questions_of(testbed, None), "out": str(file)}
-            run_process("observe", spec, Path(name))
-            found[str(seed)] = {
-                str(num_fit): compare(file, arms, options.probe_seeds, num_fit, crossed=["mlp", "linear"])
-                for num_fit in options.fit
-            }
-    return found
+            run_process("observe", spec, options.work)
+        for num_fit in options.fit:
+            runs = found.setdefault(str(seed), {}).setdefault(str(num_fit), {"arms": {name: [] for name in arms}})
+            done = {run["seed"] for run in runs["arms"]["public"]}
+            for split in options.probe_seeds:
+                if split not in done:
+                    made = compare(file, arms, [split], num_fit, crossed=["mlp", "linear"])
+                    for name, each in made.pop("arms").items():
+                        runs["arms"][name] += each
+                    runs |= made
+                    save()
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -199,6 +204,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--testbed-seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--probe-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--fit", type=int, nargs="+", default=[120, 600], help="questions that probes are fitted on")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_public"), help="what probes read; kept")
     parser.add_argument("--out", help=f"result file; {RESULTS.name}/public/ where not given")
     options = parser.parse_args(words)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -206,13 +212,16 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.part != "all" and options.out and Path(options.out).exists():
         before = json.loads(Path(options.out).read_text())
         result = {part: before[part] for part in ("timing", "probes", "settings") if part in before}
-    settings = ("num_samples", "max_tokens", "threads", "swiglu_hidden", "repeats", "probe_seeds")
+    settings = ["num_samples", "max_tokens", "swiglu_hidden"]
+    settings += ["threads"] if options.part != "probes" else []
     result["settings"] = result.get("settings", {}) | {key: getattr(options, key) for key in settings}
     if options.part != "probes":
         result["timing"] = timing(options, result.get("timing") if options.more else None)
         result["settings"]["repeats"] = len(result["timing"]["runs"]["ours"])
     if options.part != "timing":
-        result["probes"] = (result.get("probes", {}) if options.more else {}) | probes(options)
+        found = result.setdefault("probes", {}) if options.more else {}
+        result["probes"] = found
+        probes(options, found, lambda: write_result("public", result, options.out))
     print(f"written: {write_result('public', result, options.out)}")
 
 

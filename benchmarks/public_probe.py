@@ -30,7 +30,7 @@ class Task(NamedTuple):
     seed: int
 
 
-#: Scores of all rows, (L, N), higher for unknown.
+#: Scores of all rows, higher for unknown: (L, N), or fewer rows for the upper layers alone.
 Arm = Callable[[Task], np.ndarray]
 
 
@@ -47,19 +47,16 @@ def ours(**fields: Any) -> Arm:
 
 
 def public(standardised: bool = False, **fields: Any) -> Arm:
-    """The public code's training, with the settings that differ from its own."""
+    """The public code's training on the top layer, which it uses, with the settings that differ from its own."""
 
     def scores(task: Task) -> np.ndarray:
         rows = ProbeRows(task.rows.train, task.rows.validation)
-        found = []
-        for index in range(task.states.shape[1]):
-            states = task.states[:, index]
-            if standardised:
-                mean, scale = standardisation(task.states[:, [index]], rows.train)
-                states = (states - mean[0]) / scale[0]
-            model = train_swiglu(states, task.unknown, rows, SwiGLUSettings(**fields), task.seed)
-            found.append(swiglu_scores(model, states))
-        return np.stack(found)
+        states = task.states[:, -1]
+        if standardised:
+            mean, scale = standardisation(task.states[:, -1:], rows.train)
+            states = (states - mean[0]) / scale[0]
+        model = train_swiglu(states, task.unknown, rows, SwiGLUSettings(**fields), task.seed)
+        return swiglu_scores(model, states)[None]
 
     return scores
 
@@ -137,7 +134,7 @@ def compare(
             }
             if name in crossed:
                 figures |= cross_fitted(arm, task, groups)
-            found[name].append({"seed": seed, "layers": layers} | figures)
+            found[name].append({"seed": seed, "layers": layers[-len(scores) :]} | figures)
             print(f"{name}, seed {seed}: {[round(value, 4) for value in figures['unknown']]}", flush=True)
     return {
         "num_rows": len(groups),
