@@ -175,7 +175,7 @@ _PIECES = "5 6 1,000 $ miles km and not new York Paris 14 December 1972 Mr J. Sm
 _ANSWER = st.lists(st.sampled_from(str.split(_PIECES)), max_size=5).map(" ".join)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 @given(_ANSWER, _ANSWER, _ANSWER)
 def test_lexical_is_symmetric(question: str, left: str, right: str) -> None:
     assert same_answer(question, left, right) == same_answer(question, right, left)
@@ -189,7 +189,7 @@ _MANY_PIECES = [
 _LONG_ANSWER = st.lists(st.sampled_from(_MANY_PIECES), max_size=6).map(" ".join)
 
 
-@settings(max_examples=3000, derandomize=True, deadline=None)
+@settings(max_examples=3000)
 @given(_LONG_ANSWER, _LONG_ANSWER, _LONG_ANSWER)
 def test_lexical_never_takes_answers_without_a_common_mark_for_the_same(question: str, left: str, right: str) -> None:
     if surface_key(left) != surface_key(right) and answer_marks(left).isdisjoint(answer_marks(right)):
@@ -322,7 +322,7 @@ def test_nli_wants_entailment_in_both_directions(tmp_path: Path) -> None:
     assert model.equivalent(questions, left, right) == expected
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.sampled_from("pq"), st.sampled_from(_ANSWERS), st.sampled_from(_ANSWERS)), min_size=1),
     st.sets(st.tuples(st.sampled_from(_ANSWERS), st.sampled_from(_ANSWERS))),
@@ -504,7 +504,7 @@ def greedy_clusters_reference(answers: Sequence[str], same: Callable[[str, str],
 _SPELLINGS = ["a", "A", "a.", "b", "B", "c", "d", " d ", "e", "f", "", "..."]
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.lists(st.sampled_from(_SPELLINGS), max_size=12), max_size=4),
     st.sets(st.tuples(st.sampled_from(_SPELLINGS), st.sampled_from(_SPELLINGS))),

@@ -125,14 +125,13 @@ def test_wilson_interval_matches_a_published_value_and_stays_in_bounds() -> None
     assert all(math.isnan(v) for v in proportion_with_ci([]))
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
 def test_wilson_interval_holds_the_share(correct: list[bool]) -> None:
     value, low, high = proportion_with_ci(correct)
     assert 0 <= low <= value <= high <= 1
 
 
-@settings(max_examples=30, derandomize=True, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=40))
 def test_bootstrap_interval_of_a_mean_lies_within_the_values(values: list[float]) -> None:
     estimate = mean_with_ci(values, seed=0, num_resamples=100)

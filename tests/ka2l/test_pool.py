@@ -91,7 +91,6 @@ def test_questions_that_differ_in_meaning_stay_apart(one: str, other: str) -> No
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
-@settings(deadline=None)
 def test_normalising_twice_changes_nothing(text: str) -> None:
     assert normalise_question(normalise_question(text)) == normalise_question(text)
 
@@ -192,7 +191,6 @@ def test_metadata_is_json_whatever_the_column_types_are_and_big_values_are_cut()
         st.none() | st.booleans() | st.floats() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
     )
 )
-@settings(deadline=None)
 def test_no_value_of_any_type_crashes_the_cleaning(value: object) -> None:
     rows = [
         value,
@@ -512,7 +510,6 @@ def test_of_equal_questions_in_given_splits_the_eval_row_is_kept() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 2)), max_size=40))
-@settings(deadline=None)
 def test_kept_rows_have_unique_questions_and_ids_and_each_other_row_names_a_kept_one(rows: list[Any]) -> None:
     questions, ids, splits = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [])
     explicit = np.array(splits, dtype=np.int8)
@@ -542,7 +539,7 @@ POOLS = st.tuples(
 
 
 @given(POOLS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_splits_ignore_row_order_keep_groups_of_eval_whole_and_meet_the_numbers(pool: Any) -> None:
     questions, num_groups, num_seed, num_eval, seed, random = pool
     groups = [key % num_groups for key in questions]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
@@ -52,7 +52,6 @@ def test_lexical_clusters_of_the_published_responses_give_the_published_entropie
         assert discrete_semantic_entropy(ids) == pytest.approx(row["entropy"], abs=1e-6)
 
 
-@settings(derandomize=True, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.randoms())
 def test_discrete_entropy_is_bounded_and_blind_to_order_and_names(ids: list[int], random: object) -> None:
     entropy = discrete_semantic_entropy(ids)
@@ -82,7 +81,6 @@ def test_weighted_entropy_survives_tiny_probabilities_and_missing_ones() -> None
     assert math.isnan(weighted_semantic_entropy([0], [-math.inf], ["a"]))
 
 
-@settings(derandomize=True, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 3), st.floats(-50, 0)), min_size=1, max_size=12),
     st.floats(-100, 0),

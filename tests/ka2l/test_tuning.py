@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ka2l.adapter import AdapterConfig, load_adapter, load_model, load_tokenizer, new_adapter, save_adapter
@@ -64,7 +64,6 @@ def tune_briefly(model: str, tmp_path: Path, **fields: Any) -> TuneResult:
     ratio=st.sampled_from([0.5, 1.0, 3.0]),
     seed=st.integers(0, 3),
 )
-@settings(deadline=None)
 def test_a_pass_holds_every_annotated_question_once_and_rehearsed_ones_in_turn(
     num_annotated: int, num_answers: list[int], num_epochs: int, ratio: float, seed: int
 ) -> None:
