@@ -45,10 +45,11 @@ from ka2l.seeds import row_seed
 from ka2l.testbed import Testbed, TestbedConfig, cached_testbed
 
 #: The slow kind, and the seconds, are measured on every so many questions.
-STEPS = {"random_nli": 5}
+STEPS = {"random_nli": 20}
 TIMED_STEP = 10
 TIMED_SAMPLES = 10
 GROUPS = ("well", "partly", "stranger")
+KINDS = ("lexical", "containment", "embedding", "random_nli")
 PROMPT = PromptConfig(template="plain", instruction="", num_shots=0)
 
 
@@ -61,21 +62,31 @@ class Sampled(NamedTuple):
     """How often the model was shown the fact: ``well``, ``partly`` or ``stranger``."""
 
 
-def sampled_answers(testbed: Testbed, num_samples: int, seed: int) -> Sampled:
-    """One wording of every fact, answered ``num_samples`` times at temperature 1; the same answers in every run."""
+def sampled_answers(testbed: Testbed, num_questions: int | None, num_samples: int, seed: int) -> Sampled:
+    """One wording of every fact, answered ``num_samples`` times at temperature 1; the same answers in every run.
+
+    Answers are kept beside the testbed, and only missing ones are sampled.
+    """
     exposure = {row["fact"]: row["exposure_group"] for row in _read_jsonl(testbed.truth)}
-    rows = {row["fact"]: row for row in reversed(_read_jsonl(testbed.pool)) if row["split"] != "eval"}
-    sampler = TransformersSampler(str(testbed.model), SamplerConfig(max_tokens=16, max_num_seqs=512))
-    prompter = Prompter(sampler.tokenizer, PROMPT)
-    requests = [
-        Request(prompter.token_ids(row["question"]), num_samples, 1.0, row_seed(seed, 0, "observe", row["id"]))
-        for row in rows.values()
-    ]
-    made = sampler.generate(requests)
+    by_fact = {row["fact"]: row for row in reversed(_read_jsonl(testbed.pool)) if row["split"] != "eval"}
+    rows = sorted(by_fact.values(), key=lambda row: row_seed(seed, 0, "drawn", row["id"]))[:num_questions]
+    file = testbed.directory / f"answers-{num_samples}-{seed}.json"
+    answers: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    missing = [row for row in rows if row["id"] not in answers]
+    if missing:
+        sampler = TransformersSampler(str(testbed.model), SamplerConfig(max_tokens=16, max_num_seqs=512))
+        prompter = Prompter(sampler.tokenizer, PROMPT)
+        made = sampler.generate(
+            [
+                Request(prompter.token_ids(row["question"]), num_samples, 1.0, row_seed(seed, 0, "observe", row["id"]))
+                for row in missing
+            ]
+        )
+        for row, generations in zip(missing, made, strict=True):
+            answers[row["id"]] = [generation.answer for generation in generations]
+        file.write_text(json.dumps(answers), encoding="utf-8")
     return Sampled(
-        [row["question"] for row in rows.values()],
-        [[generation.answer for generation in generations] for generations in made],
-        [exposure[fact] for fact in rows],
+        [row["question"] for row in rows], [answers[row["id"]] for row in rows], [exposure[row["fact"]] for row in rows]
     )
 
 
@@ -273,16 +284,16 @@ def minilm_directory() -> str | None:
     return str(Path(str(found.origin)).parent / "model") if found else None
 
 
-def equivalences(minilm: str | None, folder: str) -> dict[str, tuple[Any, bool]]:
+def equivalences(kinds: Sequence[str], minilm: str | None, folder: str) -> dict[str, tuple[Any, bool]]:
     """Name -> (equivalence that counts its calls, whether they are directed)."""
-    found: dict[str, tuple[Any, bool]] = {
-        "lexical": (Counting(LexicalEquivalence()), False),
-        "containment": (Containment(), True),
+    made: dict[str, Callable[[], tuple[Any, bool]]] = {
+        "lexical": lambda: (Counting(LexicalEquivalence()), False),
+        "containment": lambda: (Containment(), True),
     }
     if minilm:
-        found["embedding"] = (Counting(EmbeddingEquivalence(minilm, device="cpu")), False)
-        found["random_nli"] = (CountingNLI(random_nli(minilm, folder, 0), batch_size=256, device="cpu"), True)
-    return found
+        made["embedding"] = lambda: (Counting(EmbeddingEquivalence(minilm, device="cpu")), False)
+        made["random_nli"] = lambda: (CountingNLI(random_nli(minilm, folder, 0), batch_size=256, device="cpu"), True)
+    return {kind: make() for kind, make in made.items() if kind in kinds}
 
 
 def main() -> None:
@@ -290,6 +301,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--facts", type=Path, help="JSONL of facts to build the testbed from; invented where not given")
     parser.add_argument("--num-facts", type=int, default=600, help="draw so many of them")
+    parser.add_argument("--num-questions", type=int, help="cluster the answers to so many; all where not given")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="equivalences to measure")
     parser.add_argument("--num-samples", type=int, nargs="+", default=[5, 10, 20], help="answers a question")
     parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_clustering"), help="where the testbed goes; kept")
@@ -298,7 +311,8 @@ def main() -> None:
     facts = drawn(arguments.facts, arguments.num_facts, arguments.work) if arguments.facts else None
     # The quickstart's shares of what is known, as in bench_real_facts.py.
     config = TestbedConfig(stranger_share=0.25, partly_share=0.30, facts=str(facts) if facts else None)
-    sampled = sampled_answers(cached_testbed(config, arguments.work), max(arguments.num_samples), arguments.seed)
+    testbed = cached_testbed(config, arguments.work)
+    sampled = sampled_answers(testbed, arguments.num_questions, max(arguments.num_samples), arguments.seed)
     result: dict[str, Any] = {
         "facts": arguments.facts.name if facts else None,
         "num_questions": len(sampled.questions),
@@ -309,7 +323,7 @@ def main() -> None:
         "kinds": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        found = equivalences(minilm_directory(), folder)
+        found = equivalences(arguments.kinds, minilm_directory(), folder)
         for (name, (equivalence, directed)), count in itertools.product(found.items(), arguments.num_samples):
             measured = measure(every(STEPS.get(name, 1), sampled), count, equivalence, directed)
             if count == TIMED_SAMPLES:

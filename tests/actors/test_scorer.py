@@ -73,7 +73,7 @@ def test_probe_answers_are_grouped_by_meaning_and_never_graded() -> None:
     assert row["predictive_entropy"] == pytest.approx((0.5 + 1.0 + 1.5 + 2.0) / 4)
     assert row["top_answer"] == "Lima"
     assert [row[name] for name in ("correct", "exact_match", "token_f1")] == [None] * 3
-    # Spelling is settled before anything is asked: Lima against Oslo alone is left, of four answers in six pairs.
+    # Spelling and what answers have in common are settled before anything is asked.
     assert stats["num_pairs_asked"] < stats["num_pairs_full"]
 
 
