@@ -129,7 +129,7 @@ def prepare(work: Path) -> dict[int, str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    testbed = testbed_of(0)
+    testbed = testbed_of("200:0")
     lines = [testbed.pool.read_text(), (testbed.directory / "background.jsonl").read_text()]
     texts = [json.loads(line)["question"] for part in lines for line in part.splitlines()]
     texts = list(dict.fromkeys(texts))[: max(POOLS)]
