@@ -123,23 +123,27 @@ def timing(options: argparse.Namespace, before: dict[str, Any] | None) -> dict[s
                 print(f"repeat {repeat + 1}: {side}", file=sys.stderr, flush=True)
                 agreement = side == "public" and repeat == done
                 made = run_process(side, spec | {"out": str(folder / f"{side}.npz"), "agreement": agreement}, folder)
-                print(json.dumps(made["seconds"]), file=sys.stderr, flush=True)
+                print(json.dumps(made["cpu_seconds"]), file=sys.stderr, flush=True)
                 runs[side].append(made)
             if repeat == done:
                 same = agreements(folder) | {"same_prompt_lengths": runs["public"][-1]["same_prompt_lengths"]}
     return {
         "num_questions": options.num_questions,
-        "seconds": {
-            side: {
-                stage: statistics.median(run["seconds"].get(stage, 0.0) for run in made) for stage in STAGES
-            }
-            for side, made in runs.items()
-        },
+        "seconds": medians(runs, "seconds"),
+        "cpu_seconds": medians(runs, "cpu_seconds"),
         "num_comparisons": {side: made[0]["num_comparisons"] for side, made in runs.items()},
         "peak_mib": {side: max(run["peak_mib"] for run in made) for side, made in runs.items()},
         "agreement": same,
         "runs": runs,
-    }  # fmt: skip
+    }
+
+
+def medians(runs: dict[str, list[dict[str, Any]]], kind: str) -> dict[str, dict[str, float]]:
+    """Of each side's stages, over its runs."""
+    return {
+        side: {stage: statistics.median(run[kind].get(stage, 0.0) for run in made) for stage in STAGES}
+        for side, made in runs.items()
+    }
 
 
 def agreements(folder: Path) -> dict[str, Any]:
