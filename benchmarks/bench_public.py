@@ -175,6 +175,8 @@ def probes(options: argparse.Namespace, found: dict[str, Any], save: Callable[[]
         "public": public(hidden=options.swiglu_hidden, fused=True),
         "mlp": ours(kind="mlp"),
         "linear": ours(kind="linear"),
+        # In proportion to the width of 192, and at the best of a few learning rates on the first testbed.
+        "swiglu": ours(kind="swiglu", swiglu_hidden=672, learning_rate=1e-4),
     }
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.testbeds:
@@ -185,13 +187,17 @@ def probes(options: argparse.Namespace, found: dict[str, Any], save: Callable[[]
             spec |= {"model": str(testbed.model), "questions": questions_of(testbed, None), "out": str(file)}
             run_process("observe", spec, options.work)
         for num_fit in options.fit:
-            runs = found.setdefault(name, {}).setdefault(str(num_fit), {"arms": {arm: [] for arm in arms}})
-            done = {run["seed"] for run in runs["arms"]["public"]}
+            runs = found.setdefault(name, {}).setdefault(str(num_fit), {"arms": {}})
             for split in options.probe_seeds:
-                if split not in done:
-                    made = compare(file, arms, [split], num_fit, crossed=["mlp", "linear"])
+                lacking = {
+                    arm: fitted
+                    for arm, fitted in arms.items()
+                    if split not in [run["seed"] for run in runs["arms"].get(arm, [])]
+                }
+                if lacking:
+                    made = compare(file, lacking, [split], num_fit, crossed=["mlp", "linear", "swiglu"])
                     for arm, each in made.pop("arms").items():
-                        runs["arms"][arm] += each
+                        runs["arms"].setdefault(arm, []).extend(each)
                     runs |= made
                     save()
 

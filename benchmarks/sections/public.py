@@ -91,6 +91,9 @@ PROBES = {
     ("mlp", "auroc"): "KA2L's mlp (default), layer by validation",
     ("mlp", "crossed"): "KA2L's mlp, layer in five folds",
     ("mlp", "top"): "KA2L's mlp, top layer",
+    ("swiglu", "auroc"): "KA2L's swiglu of 672, layer by validation",
+    ("swiglu", "crossed"): "KA2L's swiglu of 672, layer in five folds",
+    ("swiglu", "top"): "KA2L's swiglu of 672, top layer",
     ("linear", "auroc"): "KA2L's linear, layer by validation",
 }
 PUBLISHED = ("public", "top")
@@ -101,6 +104,8 @@ def _probes(result: dict[str, Any]) -> str:
     rows = []
     for seed, num_fit, found in _settings(result):
         for probe, name in PROBES.items():
+            if probe[0] not in found["arms"]:
+                continue
             cells = [f"{seed}", f"{num_fit}", name]
             for target in ("unknown", "wrong"):
                 cells.append(figure(statistics.fmean(_values(found, probe, target)), 4))
