@@ -46,7 +46,7 @@ DEFAULT = {"num_questions": 2000, "num_samples": 10, "num_layers": 5, "width": 1
 POOLS = (500, 1000, 2000, 4000, 8000)
 #: Factors that a stage's cost can depend on, with the values to try. Where a stage is slow, fewer.
 FACTORS: dict[str, dict[str, tuple[int, ...]]] = {
-    "sample": {"num_questions": (500, 2000, 8000), "num_samples": (2, 5, 10, 20)},
+    "sample": {"num_questions": (500, 1000, 2000, 4000), "num_samples": (2, 5, 10, 20)},
     "cluster": {"num_questions": POOLS, "num_samples": (2, 5, 10, 20)},
     "extract": {"num_questions": POOLS, "num_layers": (1, 2, 5)},
     "label": {"num_questions": POOLS},
@@ -129,7 +129,7 @@ def prepare(work: Path) -> dict[int, str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    testbed = testbed_of(0)
+    testbed = testbed_of("200:0")
     lines = [testbed.pool.read_text(), (testbed.directory / "background.jsonl").read_text()]
     texts = [json.loads(line)["question"] for part in lines for line in part.splitlines()]
     texts = list(dict.fromkeys(texts))[: max(POOLS)]

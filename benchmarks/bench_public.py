@@ -14,7 +14,7 @@ weights: it is paid for, and the lexical rule gives the verdict. Left out on the
 progress bars, baselines, grading by a language model. Its answers end after --max-tokens as ours do, not after 256.
 
 Then the probes: ours and theirs fitted on the same rows and measured on the same questions about other people, over
---probe-seeds and the testbeds of --testbed-seeds. Theirs reads the top layer; ours is shown with the layer that it
+--probe-seeds and --testbeds. Theirs reads the top layer; ours is shown with the layer that it
 chooses on the validation rows, and with the one that scores best over all rows in five folds.
 
     python benchmarks/bench_public.py                   # about 25 minutes on two cores, testbeds not counted
@@ -41,21 +41,23 @@ import numpy as np
 from machine import RESULTS, write_result
 
 HERE = Path(__file__).resolve()
-TESTBED = ("testbed.num_people=200", "testbed.partly_share=0.2", "testbed.outside_share=0")
+#: People -> what else differs from the quickstart's testbed.
+TESTBEDS: dict[str, tuple[str, ...]] = {"200": ("testbed.partly_share=0.2",), "300": ()}
 STAGES = ("imports", "engine_start", "sample", "low_temperature", "states_start", "states", "cluster_start", "cluster",
           "label", "probe", "probe_in_proportion")  # fmt: skip
 #: What prepares work and does none: left out of "without start-up".
 START_UP = ("imports", "engine_start", "states_start", "cluster_start")
 
 
-def testbed_of(seed: int) -> Any:
-    """A testbed of 280 people with this seed, 1,400 questions beside those that evaluate."""
+def testbed_of(name: str) -> Any:
+    """The testbed that ``PEOPLE:SEED`` names: so many people, and 80 whose facts are seed questions."""
     from engine.cli import cache_dir
     from engine.config import load_config
     from ka2l.testbed import cached_testbed
 
-    config = load_config("quickstart", [*TESTBED, f"testbed.seed={seed}"]).testbed
-    return cached_testbed(config, cache_dir() / "testbeds")
+    people, _, seed = name.partition(":")
+    changes = ["testbed.outside_share=0", f"testbed.num_people={people}", f"testbed.seed={seed}", *TESTBEDS[people]]
+    return cached_testbed(load_config("quickstart", changes).testbed, cache_dir() / "testbeds")
 
 
 def questions_of(testbed: Any, num_questions: int | None) -> list[dict[str, Any]]:
@@ -105,7 +107,7 @@ def run_process(side: str, spec: dict[str, Any], folder: Path) -> dict[str, Any]
 
 def timing(options: argparse.Namespace, before: dict[str, Any] | None) -> dict[str, Any]:
     """Both sides, in alternating order, beside the runs of ``before``; medians, and whether they came to the same."""
-    testbed = testbed_of(options.testbed_seeds[0])
+    testbed = testbed_of(options.testbeds[0])
     runs: dict[str, list[dict[str, Any]]] = before["runs"] if before else {"ours": [], "public": []}
     done = len(runs["ours"])
     with tempfile.TemporaryDirectory(prefix="ka2l-bench-") as name:
@@ -121,23 +123,27 @@ def timing(options: argparse.Namespace, before: dict[str, Any] | None) -> dict[s
                 print(f"repeat {repeat + 1}: {side}", file=sys.stderr, flush=True)
                 agreement = side == "public" and repeat == done
                 made = run_process(side, spec | {"out": str(folder / f"{side}.npz"), "agreement": agreement}, folder)
-                print(json.dumps(made["seconds"]), file=sys.stderr, flush=True)
+                print(json.dumps(made["cpu_seconds"]), file=sys.stderr, flush=True)
                 runs[side].append(made)
             if repeat == done:
                 same = agreements(folder) | {"same_prompt_lengths": runs["public"][-1]["same_prompt_lengths"]}
     return {
         "num_questions": options.num_questions,
-        "seconds": {
-            side: {
-                stage: statistics.median(run["seconds"].get(stage, 0.0) for run in made) for stage in STAGES
-            }
-            for side, made in runs.items()
-        },
+        "seconds": medians(runs, "seconds"),
+        "cpu_seconds": medians(runs, "cpu_seconds"),
         "num_comparisons": {side: made[0]["num_comparisons"] for side, made in runs.items()},
         "peak_mib": {side: max(run["peak_mib"] for run in made) for side, made in runs.items()},
         "agreement": same,
         "runs": runs,
-    }  # fmt: skip
+    }
+
+
+def medians(runs: dict[str, list[dict[str, Any]]], kind: str) -> dict[str, dict[str, float]]:
+    """Of each side's stages, over its runs."""
+    return {
+        side: {stage: statistics.median(run[kind].get(stage, 0.0) for run in made) for stage in STAGES}
+        for side, made in runs.items()
+    }
 
 
 def agreements(folder: Path) -> dict[str, Any]:
@@ -169,23 +175,29 @@ def probes(options: argparse.Namespace, found: dict[str, Any], save: Callable[[]
         "public": public(hidden=options.swiglu_hidden, fused=True),
         "mlp": ours(kind="mlp"),
         "linear": ours(kind="linear"),
+        # In proportion to the width of 192, and at the best of a few learning rates on the first testbed.
+        "swiglu": ours(kind="swiglu", swiglu_hidden=672, learning_rate=1e-4),
     }
     options.work.mkdir(parents=True, exist_ok=True)
-    for seed in options.testbed_seeds:
-        file = options.work / f"observed-{seed}.npz"
+    for name in options.testbeds:
+        file = options.work / f"observed-{name.replace(':', '-')}.npz"
         if not file.exists():
-            testbed = testbed_of(seed)
+            testbed = testbed_of(name)
             spec = {key: getattr(options, key) for key in ("num_samples", "max_tokens", "threads")}
             spec |= {"model": str(testbed.model), "questions": questions_of(testbed, None), "out": str(file)}
             run_process("observe", spec, options.work)
         for num_fit in options.fit:
-            runs = found.setdefault(str(seed), {}).setdefault(str(num_fit), {"arms": {name: [] for name in arms}})
-            done = {run["seed"] for run in runs["arms"]["public"]}
+            runs = found.setdefault(name, {}).setdefault(str(num_fit), {"arms": {}})
             for split in options.probe_seeds:
-                if split not in done:
-                    made = compare(file, arms, [split], num_fit, crossed=["mlp", "linear"])
-                    for name, each in made.pop("arms").items():
-                        runs["arms"][name] += each
+                lacking = {
+                    arm: fitted
+                    for arm, fitted in arms.items()
+                    if split not in [run["seed"] for run in runs["arms"].get(arm, [])]
+                }
+                if lacking:
+                    made = compare(file, lacking, [split], num_fit, crossed=["mlp", "linear", "swiglu"])
+                    for arm, each in made.pop("arms").items():
+                        runs["arms"].setdefault(arm, []).extend(each)
                     runs |= made
                     save()
 
@@ -201,7 +213,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of both sides (default: %(default)s)")
     parser.add_argument("--more", action="store_true", help="add runs, or testbeds, to those of --out")
     parser.add_argument("--threads", type=int, default=2, help="of every process (default: %(default)s)")
-    parser.add_argument("--testbed-seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--testbeds", nargs="+", default=["200:0", "300:0"], help="PEOPLE:SEED; timed is the first")
     parser.add_argument("--probe-seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--fit", type=int, nargs="+", default=[120, 600], help="questions that probes are fitted on")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_public"), help="what probes read; kept")
