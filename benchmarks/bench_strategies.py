@@ -25,7 +25,7 @@ from worlds import measure_worlds
 from ka2l.candidates import Candidates
 from ka2l.evidence import combine
 from ka2l.metrics import auroc, proportion_with_ci
-from ka2l.perplexity import PerplexityScorer, fact_tokens
+from ka2l.perplexity import PerplexityScorer, question_tokens
 from ka2l.seeds import row_seed
 from ka2l.selection import STRATEGIES, SelectionConfig, select
 
@@ -42,7 +42,7 @@ def candidates_of(lab: Lab) -> Candidates:
     logits = lab.probe.predict_logit(states)
     doubts = lab.uncertainty(ids)
     scorer = PerplexityScorer(str(lab.testbed.model), dtype="float32")
-    texts = [fact_tokens(lab.prompter.tokenizer, lab.rows[name]["question"]) for name in ids]
+    texts = [question_tokens(lab.prompter, lab.rows[name]["question"]) for name in ids]
     return Candidates(
         question_ids=ids,
         score=combine(logits),

@@ -207,7 +207,7 @@ def test_every_entry_of_the_contents_leads_to_a_heading(made: tuple[str, dict[st
 def test_links_of_the_page_lead_to_files(made: tuple[str, dict[str, str]]) -> None:
     targets = [target for target in re.findall(r"\]\(([^)#]+)\)", made[0]) if "://" not in target]
 
-    assert len(targets) > len(pages.SECTIONS)
+    assert len(targets) > sum(machine.latest_file(question) is not None for question in pages.SECTIONS)
     assert [target for target in targets if not (pages.DOCS / target).exists()] == []
 
 
