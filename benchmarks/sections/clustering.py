@@ -44,7 +44,7 @@ def section(result: dict[str, Any]) -> Section:
         for count in [kinds["containment"][SAMPLES]["questions"][group]]
     ]  # fmt: skip
     seconds = [
-        [KINDS[name], figure(counts[SAMPLES]["seconds"], 2), figure(counts[SAMPLES]["full_seconds"], 2),
+        [KINDS[name], figure(counts[SAMPLES]["seconds"]), figure(counts[SAMPLES]["full_seconds"]),
          percent(counts[SAMPLES]["seconds_ratio"], 1)]
         for name, counts in kinds.items()
     ]  # fmt: skip
