@@ -32,7 +32,8 @@ def section(result: dict[str, Any]) -> Section:
         exponents = [exponent(result, stage, factor) for factor in FACTORS]
         rows.append(
             [stage, base["threads"], figure(base["seconds"], 3), figure(base["peak_mib"], 0),
-             *(figure(e, 2) for e in exponents), FLOORS[stage], f"{base['floor_s']:.2g}", f"{base['seconds'] / base['floor_s']:,.1f}"]
+             *(figure(e, 2) for e in exponents), FLOORS[stage], f"{base['floor_s']:.2g}",
+             f"{base['seconds'] / base['floor_s']:,.1f}"]
         )  # fmt: skip
     at = result["default"]
     floors = {key: median(p[key] for p in result["points"]) for key in ("flop_per_s", "bytes_per_s")}
