@@ -86,13 +86,13 @@ def main() -> None:
                 "keep": model == models[0],
             }  # fmt: skip
             made = run_process(spec, options.work)
-            points += [{"job": stage, "stage": stage} | floors | point for point in made]
+            points += [{"job": stage, "stage": stage, "threads": options.threads} | floors | point for point in made]
             for point in made:
                 print(stage, {key: round(v, 3) if isinstance(v, float) else v for key, v in point.items()},
                       file=sys.stderr, flush=True)  # fmt: skip
             # After every process: one that fails later takes nothing with it.
             points.sort(key=lambda point: STAGES.index(point["job"]))
-            result = {"default": DEFAULT, "threads": options.threads, "points": points}
+            result = {"default": DEFAULT, "points": points}
             path = write_result("costs", result, options.out)
     print(f"written: {path}")
 

@@ -31,19 +31,20 @@ def section(result: dict[str, Any]) -> Section:
         base = default(result, stage)
         exponents = [exponent(result, stage, factor) for factor in FACTORS]
         rows.append(
-            [stage, figure(base["seconds"], 3), figure(base["peak_mib"], 0), *(figure(e, 2) for e in exponents),
-             FLOORS[stage], figure(base["floor_s"], 4), f"{base['seconds'] / base['floor_s']:,.1f}"]
+            [stage, base["threads"], figure(base["seconds"], 3), figure(base["peak_mib"], 0),
+             *(figure(e, 2) for e in exponents), FLOORS[stage], f"{base['floor_s']:.2g}",
+             f"{base['seconds'] / base['floor_s']:,.1f}"]
         )  # fmt: skip
     at = result["default"]
     floors = {key: median(p[key] for p in result["points"]) for key in ("flop_per_s", "bytes_per_s")}
-    header = ["stage", "seconds", "peak MiB", *(f"by {name}" for name in FACTORS.values()), "floor in", "floor, s",
-              "seconds / floor"]  # fmt: skip
+    header = ["stage", "threads", "seconds", "peak MiB", *(f"by {name}" for name in FACTORS.values()), "floor in",
+              "floor, s", "seconds / floor"]  # fmt: skip
     wide = {stage: largest_width(result, stage) for stage in WIDTH_APART}
     shares = "; ".join(
         f"{stage} {p['seconds'] / p['floor_s']:.1f} at width {p['width']}" for stage, p in wide.items() if p
     )
     text = f"""At {at["num_questions"]:,} questions, {at["num_samples"]} samples, {at["num_layers"]} layers and width
-{at["width"]}, on {result["threads"]} threads, without Ray. "By" is the exponent of growth in that factor, the slope of
+{at["width"]}, in one process, without Ray. "By" is the exponent of growth in that factor, the slope of
 log seconds against log factor with all others fixed: 1 is proportional, a dash where the stage does not depend on it
 or that was not varied. Floors: {floors["flop_per_s"] / 1e9:,.0f} GFLOP/s of a large float32 product,
 {floors["bytes_per_s"] / 1e6:,.0f}
@@ -123,6 +124,6 @@ def losses(result: dict[str, Any]) -> list[str]:
         if ratio > FAR:
             found.append(
                 f"{stage} takes {ratio:,.0f} times its floor in {kind} ({base['seconds']:.3f} s against "
-                f"{base['floor_s']:.4f} s at {base['num_questions']:,} questions): {reasons[kind]}."
+                f"{base['floor_s']:.2g} s at {base['num_questions']:,} questions): {reasons[kind]}."
             )
     return found
