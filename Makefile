@@ -44,6 +44,10 @@ format: setup
 bench: setup
 	$(BIN)/python benchmarks/bench_schedule.py
 	-$(BIN)/python benchmarks/bench_overhead.py
+	$(BIN)/python benchmarks/bench_trl.py
+	-$(BIN)/python benchmarks/bench_equivalence.py
+	-$(BIN)/python benchmarks/bench_clustering.py
+	$(BIN)/python benchmarks/bench_uncertainty.py --seeds 0 --again
 	$(BIN)/python benchmarks/pages.py
 
 clean:

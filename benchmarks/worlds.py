@@ -56,7 +56,8 @@ def measure_worlds(
 ) -> None:
     """The command line of a benchmark on labs: every seed of every world, the result written after each.
 
-    What stands in the newest result with the same settings is taken over, so seeds can be added one at a time.
+    Seeds that stand in the newest result with the same settings are taken over, so they can be added one at a time;
+    with ``--again`` those that are named are measured anew.
 
     Args:
         settings: what decides the figures beside world and seed.
@@ -67,6 +68,7 @@ def measure_worlds(
     parser = seeded_parser(doc, question)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["people"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the question files")
+    parser.add_argument("--again", action="store_true", help="measure what stands in the newest result, too")
     arguments = parser.parse_args()
     before = latest_result(question) or {}
     same = before.get("settings") == json.loads(json.dumps(dict(settings)))
@@ -74,7 +76,7 @@ def measure_worlds(
     for seed in arguments.seeds:
         for world in arguments.worlds:
             runs = by_world.setdefault(world, {})
-            if str(seed) in runs:
+            if str(seed) in runs and not arguments.again:
                 continue
             found = measure(open_lab(world, seed, arguments.work, arguments.data, **lab_options))
             runs[str(seed)] = json.loads(json.dumps(json_safe(found)))  # as it will be read
