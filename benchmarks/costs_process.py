@@ -396,7 +396,7 @@ def workers(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
                     table = pq.read_table(file)
                     pq.write_table(table.filter(pc.is_in(table["question_id"], ids)), part / f"{name}.parquet")
             runs = []
-            for _ in range(NUM_REPEATS):
+            for _ in range(2):  # each loads everything anew
                 barrier, seconds = context.Barrier(num_workers), context.Queue()
                 processes = [
                     context.Process(target=_worker, args=(stage, spec, part, barrier, seconds)) for part in parts

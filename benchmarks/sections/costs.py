@@ -105,7 +105,11 @@ def _workers(result: dict[str, Any]) -> str:
         if point["factor"] == "workers":
             found[point["stage"]][point["workers"]] = point["seconds"]
     said = [f"{stage} {by[1] / by[2]:.2f} times as fast" for stage, by in found.items()]
-    return f"Two processes of one thread against one, sharing the questions: {', '.join(said)}." if said else ""
+    return (
+        f"Two processes of one thread against one, sharing the questions: {', '.join(said)}."
+        if said
+        else "More than one worker: not measured."
+    )
 
 
 def losses(result: dict[str, Any]) -> list[str]:
