@@ -129,7 +129,9 @@ def _probes(result: dict[str, Any]) -> str:
         for gap, *bounds in [gap_of(found, ("mlp", "crossed"), ("mlp", "auroc"), "unknown")]
     )
     return f"""The probes themselves: fitted on the same questions, a fifth of them for validation, and measured on the
-same others, about other people; means over splits, differences paired by split with 95 % intervals (Student's t). The published code reads the top layer; ours chooses one.
+same others, about other people; means over splits, differences
+paired by split with 95 % intervals (Student's t).
+The published code reads the top layer; ours chooses one.
 
 {table(header, rows)}
 
