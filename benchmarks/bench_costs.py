@@ -16,7 +16,7 @@ and, beyond them, of its background crowd; other widths are random weights, whos
 and are measured with 500 questions and 4 samples. The probe makes 20 epochs without early stopping; tuning is one
 epoch.
 
-    python benchmarks/bench_costs.py                                  # 12 minutes on two cores
+    python benchmarks/bench_costs.py                                  # 15 minutes or so on two cores
     python benchmarks/bench_costs.py --stages tune --out FILE         # that stage again; FILE keeps the others
 
 Give --stages in the order of the default: later ones read tables that earlier ones left in --work.

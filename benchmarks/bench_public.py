@@ -17,7 +17,7 @@ Then the probes: ours and theirs fitted on the same rows and measured on the sam
 --probe-seeds and --testbeds. Theirs reads the top layer; ours is shown with the layer that it
 chooses on the validation rows, and with the one that scores best over all rows in five folds.
 
-    python benchmarks/bench_public.py                   # about 25 minutes on two cores, testbeds not counted
+    python benchmarks/bench_public.py                   # half an hour or so on two cores, testbeds not counted
     python benchmarks/bench_public.py --part timing     # or `probes`: one half; the other is taken from --out
 
 Every process runs alone; testbeds are built on first use (minutes) and kept in $KA2L_CACHE or ~/.cache/ka2l.

@@ -54,7 +54,7 @@ MB/s of disk (medians), {_pace(result):,.0f} tokens/s of the engine with 256 lon
 
 Seconds / floor with wider models, where there is more to compute a token: {shares}.
 
-{_workers(result)}"""
+{_workers(result)} {" ".join(result.get("notes", []))}"""
     series = {stage: _curve(result, stage) for stage in stages}
     chart = lines("Seconds by pool size", "questions", "seconds", series, log_x=True, log_y=True)
     return Section(text, {"pool": chart}, losses(result))
@@ -115,9 +115,9 @@ def _workers(result: dict[str, Any]) -> str:
 def losses(result: dict[str, Any]) -> list[str]:
     """Stages far above their floor."""
     reasons = {
-        "bytes": "its time goes into Python objects and fixed costs, not into the disk",
-        "FLOPs": "matrices of this width are too small for the processor's pace in large products",
-        "tokens": "starting and ending requests costs more than decoding answers of a few tokens",
+        "bytes": "probably Python objects and fixed costs, not the disk",
+        "FLOPs": "probably because matrices of this width are too small for the processor's pace in large products",
+        "tokens": "probably the start and end of requests, with answers of a few tokens",
     }
     found = []
     for stage, kind in FLOORS.items():

@@ -108,13 +108,12 @@ def _probes(result: dict[str, Any]) -> str:
         for probe, name in PROBES.items():
             if probe[0] not in found["arms"]:
                 continue
-            cells = [f"{seed}", f"{num_fit}", name]
+            cells = [seed, f"{num_fit} ({len(found['arms'][probe[0]])} splits)", name]
             for target in ("unknown", "wrong"):
                 cells.append(figure(statistics.fmean(_values(found, probe, target)), 4))
                 gap = gap_of(found, probe, PUBLISHED, target)
                 cells.append("" if probe == PUBLISHED else interval(gap[0], gap[1:], 4, sign=True))
             rows.append(cells)
-    _, _, first = next(_settings(result))
     header = [
         "testbed",
         "fitted on",
@@ -130,8 +129,9 @@ def _probes(result: dict[str, Any]) -> str:
         for gap, *bounds in [gap_of(found, ("mlp", "crossed"), ("mlp", "auroc"), "unknown")]
     )
     return f"""The probes themselves: fitted on the same questions, a fifth of them for validation, and measured on the
-same others, of the {first["num_rows"]:,} in all, about other people; means over {len(first["arms"]["public"])} splits,
-differences paired by split with 95 % intervals (Student's t). The published code reads the top layer; ours chooses one.
+same others, about other people; means over splits, differences
+paired by split with 95 % intervals (Student's t).
+The published code reads the top layer; ours chooses one.
 
 {table(header, rows)}
 
