@@ -197,6 +197,28 @@ class Campaign:
             return f"The budget of {self.budget_cap():,} annotations is used up."
         return self.money_reason(round_index - 1) if round_index else None
 
+    def enough(self, round_index: int) -> str | None:
+        """Which rule of ``stopping`` this round's state meets, in a sentence; None where none does. The base model is
+        never enough."""
+        rules = self.config.stopping
+        if not round_index:
+            return None
+        predicted = self.stage("knowledge", round_index).require().metrics.get("predicted_unknown")
+        if rules.unknown_share is not None and predicted is not None and predicted < rules.unknown_share:
+            return (
+                f"{predicted:.1%} of the candidates left is predicted unknown, less than stopping.unknown_share = "
+                f"{rules.unknown_share:g}."
+            )
+        then, now = (
+            self.stage("cluster", index).require().metrics.get("accuracy") for index in (round_index - 1, round_index)
+        )
+        if rules.gain is not None and None not in (then, now) and now - then < rules.gain:
+            return (
+                f"Round {round_index - 1} has raised accuracy by {now - then:+.3f}, less than stopping.gain = "
+                f"{rules.gain:g}."
+            )
+        return None
+
     def money_reason(self, round_index: int) -> str | None:
         """That the cap on money ended a round's annotation early, in a sentence; None where it did not."""
         annotated = self.stage("annotate", round_index).require()

@@ -45,6 +45,15 @@ class BudgetConfig(Section):
     took, is not begun; what takes longer than foreseen is stopped. `ka2l resume --set budget.hours=...` goes on."""
 
 
+class StoppingConfig(Section):
+    """When further rounds are not worth their annotations. A rule that is null never ends a run."""
+
+    unknown_share: float | None = Field(None, gt=0, lt=1)
+    """End where less than this share of the candidates left is predicted unknown."""
+    gain: float | None = Field(None, gt=0, lt=1)
+    """End where the last round has raised accuracy on eval questions by less than this."""
+
+
 class RayConfig(Section):
     """Where the run's workers live."""
 
@@ -99,6 +108,8 @@ class RunConfig(Section):
     """What is measured beside accuracy."""
     budget: BudgetConfig = BudgetConfig()
     """Caps."""
+    stopping: StoppingConfig = StoppingConfig()
+    """When it is enough."""
     prices: PricesConfig = PricesConfig()
     """What the report's net saving reckons with."""
     faults: FaultsConfig = FaultsConfig()

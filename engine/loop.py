@@ -52,6 +52,11 @@ def run(campaign: Campaign) -> None:
             rounds = round_index
             break
         probe_round(campaign, round_index)
+        reason = campaign.enough(round_index)
+        if reason is not None:
+            campaign.events.say(reason)
+            rounds = round_index
+            break
         if campaign.config.selection.kind == "perplexity":
             stages.perplexity(campaign, round_index)
         stages.select(campaign, round_index)

@@ -240,7 +240,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     where the pool names no facts, or none in common, by its own.
     """
     bought = annotated_ids(campaign, round_index)
-    counts, scores = _count_shards(stage, bought)
+    counts, predicted_unknown, scores = _count_shards(stage, bought)
     correct = eval_grades(campaign, round_index)
     fact_of, asks = facts_asked(campaign, correct)
     ranked: dict[str | None, float] = {asks[name]: score for name, score in scores(asks).items()}
@@ -253,6 +253,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     metrics: dict[str, Any] = {
         "num_unannotated": len(pairs),
         "unknown_fraction": counts["likely_unknown"] / counts["candidates"] if counts["candidates"] else None,
+        "predicted_unknown": predicted_unknown,
     }
     if pairs:
         wrong, ranks = zip(*pairs, strict=True)
@@ -267,18 +268,22 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
 
 def _count_shards(
     stage: Stage, bought: Sequence[str]
-) -> tuple[dict[str, int], Callable[[Iterable[str]], dict[str, float]]]:
-    """Counts of candidates: in all, ``likely_unknown``, of each quadrant without the annotated, ``unjudged``;
-    and how to look up scores."""
+) -> tuple[dict[str, int], float | None, Callable[[Iterable[str]], dict[str, float]]]:
+    """Counts of candidates: in all, ``likely_unknown``, of each quadrant without the annotated, ``unjudged``; mean
+    P(unknown), by the evidence over all states, of those that are not annotated; and how to look up scores."""
     counts = dict.fromkeys(["candidates", "likely_unknown", "unjudged", *QUADRANTS], 0)
     names = sorted(stage.finished_shards())
     annotated = pa.array(bought, pa.string())
+    num_left, sum_left = 0, 0.0
     for name in names:
-        table = read_shard(stage.url, name, ["question_id", "p_unknown", "quadrant"], pc.field("split") == "candidate")
+        columns = ["question_id", "p_unknown", "quadrant", "score"]
+        table = read_shard(stage.url, name, columns, pc.field("split") == "candidate")
         counts["candidates"] += table.num_rows
         counts["likely_unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
         counts["unjudged"] += table["quadrant"].null_count
         left = table.filter(pc.invert(pc.is_in(table["question_id"], annotated)))
+        num_left += left.num_rows
+        sum_left += float(expit(left["score"].to_numpy()).sum())
         for item in pc.value_counts(left["quadrant"]).to_pylist():
             if item["values"] is not None:
                 counts[item["values"]] += item["counts"]
@@ -287,4 +292,4 @@ def _count_shards(
         tables = [read_shard(stage.url, name, ["question_id", "score"], among(ids)) for name in names]
         return by_id(pa.concat_tables(tables), "score")
 
-    return counts, scores
+    return counts, sum_left / num_left if num_left else None, scores
