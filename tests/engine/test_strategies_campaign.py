@@ -19,7 +19,7 @@ from ka2l.records import PERPLEXITY
 from ka2l.seeds import row_seed
 from ka2l.selection import Candidates, SelectionConfig, select
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 
 #: What the first round makes from the selection on, and all that follows.
 _LATER = ("select", "annotate", "tune", "round-001", "round-002", "events.jsonl", "summary.json", "ledger.parquet")
