@@ -1,16 +1,15 @@
 """What clustering sampled answers costs: calls of the equivalence against full pairwise comparison, and whether the
 clusters stay the same.
 
-A testbed's model, trained on real facts of which it is shown some often, some a little and some never, answers each
-question many times at temperature 1; the answers are clustered by what `ka2l.equivalence` does and by two full
-procedures. Calls are counted as the equivalence makes them: a directed entailment is one forward pass, any other
-verdict on a pair one.
+A lab's model (see ``lab.py``), which was shown some facts often, some a little and some never, answers each question
+many times at temperature 1; the answers are clustered by what `ka2l.equivalence` does and by two full procedures. Calls
+are counted as the equivalence makes them: a directed entailment is one forward pass, any other verdict on a pair one.
 
-    python benchmarks/bench_clustering.py --facts entityquestions_train.jsonl
+    python benchmarks/bench_clustering.py --world entity_questions
 
-About four minutes on two cores. Without --facts the questions are about invented people. No NLI model comes with this
-project: entailment is stood in for by containment of words and by a small BERT with random weights, which say nothing
-about meaning but ask, and answer each direction on its own, as a real one does.
+About four minutes on two cores, the lab's testbed apart. No NLI model comes with this project: entailment is stood in
+for by containment of words and by a small BERT with random weights, which say nothing about meaning but ask, and answer
+each direction on its own, as a real one does.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bench_real_facts import drawn
+from lab import Lab
 from machine import write_result
+from worlds import WORLDS, open_lab
 
 from ka2l.equivalence import (
     EmbeddingEquivalence,
@@ -39,10 +39,7 @@ from ka2l.equivalence import (
     entail_each_other,
 )
 from ka2l.normalise import surface_key, tokenize
-from ka2l.prompts import PromptConfig, Prompter
-from ka2l.sampling import Request, SamplerConfig, TransformersSampler
 from ka2l.seeds import row_seed
-from ka2l.testbed import Testbed, TestbedConfig, cached_testbed
 
 #: The slow kind, and the seconds, are measured on every so many questions.
 STEPS = {"random_nli": 20}
@@ -50,7 +47,6 @@ TIMED_STEP = 10
 TIMED_SAMPLES = 10
 GROUPS = ("well", "partly", "stranger")
 KINDS = ("lexical", "containment", "embedding", "random_nli")
-PROMPT = PromptConfig(template="plain", instruction="", num_shots=0)
 
 
 class Sampled(NamedTuple):
@@ -62,41 +58,21 @@ class Sampled(NamedTuple):
     """How often the model was shown the fact: ``well``, ``partly`` or ``stranger``."""
 
 
-def sampled_answers(testbed: Testbed, num_questions: int | None, num_samples: int, seed: int) -> Sampled:
-    """One wording of every fact, answered ``num_samples`` times at temperature 1; the same answers in every run.
-
-    Answers are kept beside the testbed, and only missing ones are sampled.
-    """
-    exposure = {row["fact"]: row["exposure_group"] for row in _read_jsonl(testbed.truth)}
-    by_fact = {row["fact"]: row for row in reversed(_read_jsonl(testbed.pool)) if row["split"] != "eval"}
-    rows = sorted(by_fact.values(), key=lambda row: row_seed(seed, 0, "drawn", row["id"]))[:num_questions]
-    file = testbed.directory / f"answers-{num_samples}-{seed}.json"
-    answers: dict[str, list[str]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    missing = [row for row in rows if row["id"] not in answers]
-    if missing:
-        sampler = TransformersSampler(str(testbed.model), SamplerConfig(max_tokens=16, max_num_seqs=512))
-        prompter = Prompter(sampler.tokenizer, PROMPT)
-        made = sampler.generate(
-            [
-                Request(prompter.token_ids(row["question"]), num_samples, 1.0, row_seed(seed, 0, "observe", row["id"]))
-                for row in missing
-            ]
-        )
-        for row, generations in zip(missing, made, strict=True):
-            answers[row["id"]] = [generation.answer for generation in generations]
-        file.write_text(json.dumps(answers), encoding="utf-8")
+def sampled_answers(lab: Lab, num_questions: int | None) -> Sampled:
+    """One wording of every fact, answered at temperature 1; the same answers in every run."""
+    exposure = {row["fact"]: row["exposure_group"] for row in map(json.loads, lab.testbed.truth.open(encoding="utf-8"))}
+    names = [*lab.ids("seed"), *lab.ids("candidate")]
+    drawn = sorted(names, key=lambda name: row_seed(lab.seed, 0, "drawn", name))[:num_questions]
     return Sampled(
-        [row["question"] for row in rows], [answers[row["id"]] for row in rows], [exposure[row["fact"]] for row in rows]
+        [lab.rows[name]["question"] for name in drawn],
+        [lab.observed[name].answers for name in drawn],
+        [exposure[lab.rows[name]["fact"]] for name in drawn],
     )
 
 
 def every(step: int, sampled: Sampled) -> Sampled:
     """Each ``step``-th question."""
     return Sampled(*(values[::step] for values in sampled))
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # --- equivalences that count ------------------------------------------------------------------------------------------
@@ -299,22 +275,20 @@ def equivalences(kinds: Sequence[str], minilm: str | None, folder: str) -> dict[
 def main() -> None:
     """Parse arguments, run, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--facts", type=Path, help="JSONL of facts to build the testbed from; invented where not given")
-    parser.add_argument("--num-facts", type=int, default=600, help="draw so many of them")
+    parser.add_argument("--world", choices=list(WORLDS), default="people", help="whose questions are answered")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the question files")
     parser.add_argument("--num-questions", type=int, help="cluster the answers to so many; all where not given")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="equivalences to measure")
     parser.add_argument("--num-samples", type=int, nargs="+", default=[5, 10, 20], help="answers a question")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampled answers")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench_clustering"), help="where the testbed goes; kept")
+    parser.add_argument("--seed", type=int, default=0, help="of testbed and answers")
+    parser.add_argument("--work", type=Path, default=Path("runs/bench_clustering"), help="where the lab goes; kept")
     parser.add_argument("--out", help="result file; where not given, the day's under benchmarks/results/clustering")
     arguments = parser.parse_args()
-    facts = drawn(arguments.facts, arguments.num_facts, arguments.work) if arguments.facts else None
-    # The quickstart's shares of what is known, as in bench_real_facts.py.
-    config = TestbedConfig(stranger_share=0.25, partly_share=0.30, facts=str(facts) if facts else None)
-    testbed = cached_testbed(config, arguments.work)
-    sampled = sampled_answers(testbed, arguments.num_questions, max(arguments.num_samples), arguments.seed)
+    most = max(arguments.num_samples)
+    lab = open_lab(arguments.world, arguments.seed, arguments.work, arguments.data, num_samples=most)
+    sampled = sampled_answers(lab, arguments.num_questions)
     result: dict[str, Any] = {
-        "facts": arguments.facts.name if facts else None,
+        "facts": WORLDS[arguments.world].title,
         "num_questions": len(sampled.questions),
         "groups": {group: sampled.groups.count(group) for group in GROUPS},
         "num_samples": arguments.num_samples,

@@ -9,7 +9,7 @@ from pages import Section
 from tables import figure, percent, table
 
 TITLE = "Clustering against full pairwise comparison"
-COMMAND = "python benchmarks/bench_clustering.py --facts entityquestions_train.jsonl"
+COMMAND = "python benchmarks/bench_clustering.py --world entity_questions"
 KINDS = {
     "lexical": "lexical",
     "embedding": "embedding (MiniLM)",
@@ -55,7 +55,7 @@ def section(result: dict[str, Any]) -> Section:
         if read
         else ""
     )
-    source = f"drawn from {result['facts']}" if result["facts"] else "about invented people"
+    source = f"({result['facts']})"
     num_timed = result["timed"]["num_questions"]
     text = f"""How many calls of an equivalence do clusters need, and do they stay the same? {result["num_questions"]}
 questions {source}, answered at temperature 1 by a testbed's model that was shown {result["groups"]["well"]} of the
