@@ -212,7 +212,9 @@ class Campaign:
         then, now = (
             self.stage("cluster", index).require().metrics.get("accuracy") for index in (round_index - 1, round_index)
         )
-        if rules.gain is not None and None not in (then, now) and now - then < rules.gain:
+        if rules.gain is None or then is None or now is None:
+            return None
+        if now - then < rules.gain:
             return (
                 f"Round {round_index - 1} has raised accuracy by {now - then:+.3f}, less than stopping.gain = "
                 f"{rules.gain:g}."
