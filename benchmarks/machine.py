@@ -21,7 +21,7 @@ from engine.artifacts import git_revision, json_safe, versions
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 #: Options of benchmarks that say where files go and change no figure.
-WHERE = ("--out", "--work", "--scratch", "--keep")
+WHERE = ("--out", "--work", "--scratch", "--keep", "--peers-python")
 
 
 def gpus() -> list[str]:
