@@ -30,7 +30,6 @@ from scipy.special import expit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
 
-from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.evidence import combine, doubt
 from ka2l.labels import label_questions
 from ka2l.metrics import auroc, proportion_with_ci
@@ -138,7 +137,7 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
     file = adapter.parent / "logits.npy"
     if not file.exists():
         answers = [[made.answer for made in row] for row in lab.sample(seeds, adapter)]
-        clusters = cluster_answers([lab.rows[name]["question"] for name in seeds], answers, LexicalEquivalence()).ids
+        clusters = lab.grouped(seeds, answers)
         splits = [lab.probe_splits[name] for name in seeds]
         labels = label_questions(seeds, np.array([discrete_semantic_entropy(found) for found in clusters]), splits)
         states = lab.extract([*seeds, *ids], adapter)

@@ -24,7 +24,6 @@ from lab import Lab
 from worlds import WORLDS, measure_worlds
 
 from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
-from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.labels import split_seed_questions
 from ka2l.metrics import auroc, auroc_with_ci
 from ka2l.p_true import SolvedExample, p_true, p_true_prompt, split_examples
@@ -67,7 +66,7 @@ def score(lab: Lab, probe: Probe, names: Sequence[str]) -> np.ndarray:
 def unknown_later(lab: Lab, names: Sequence[str], threshold: float) -> np.ndarray:
     """Whether the entropy of the second half of the answers is above the threshold, shape (n,)."""
     answers = [lab.observed[name].answers[NUM_SAMPLES:] for name in names]
-    ids = cluster_answers([lab.rows[name]["question"] for name in names], answers, LexicalEquivalence()).ids
+    ids = lab.grouped(names, answers)
     return np.array([discrete_semantic_entropy(found) for found in ids]) >= threshold
 
 

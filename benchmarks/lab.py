@@ -149,6 +149,10 @@ class Lab:
         """Clusters of the first ``num_samples`` sampled answers of each question."""
         most = num_samples or self.num_samples
         answers = [self.observed[name].answers[:most] for name in names]
+        return self.grouped(names, answers)
+
+    def grouped(self, names: Sequence[str], answers: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Clusters of any answers to questions."""
         return cluster_answers([self.rows[name]["question"] for name in names], answers, LexicalEquivalence()).ids
 
     def uncertainty(self, names: Sequence[str], num_samples: int | None = None) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -129,22 +130,27 @@ def _by_place(campaign: Campaign, correct: dict[str, bool]) -> dict[str, Any]:
     }
 
 
+def _read_questions(campaign: Campaign, stage: Stage, round_index: int, make_host: Callable[..., Any]) -> None:
+    """One forward pass over questions with the model state of a round, by the workers of ``extraction``."""
+    config, state = campaign.config, campaign.state(round_index)
+    run_host(
+        campaign,
+        stage,
+        partial(make_host, state.model, config.prompt, config.extraction, state.adapter),
+        {"questions": ShardInput(campaign.stage("questions").url, ["question_id", "question", "split"])},
+        replicas=config.extraction.replicas,
+        cpus=config.extraction.cpus_per_replica,
+        gpus=config.extraction.gpus_per_replica,
+    )
+
+
 def extract(campaign: Campaign, round_index: int) -> None:
     """Hidden states of every question under this round's model state: prefill only."""
     config = campaign.config
     questions = campaign.stage("questions")
-    state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:
-        run_host(
-            campaign,
-            stage,
-            partial(build.extractor_host, state.model, config.prompt, config.extraction, state.adapter),
-            {"questions": ShardInput(questions.url, ["question_id", "question", "split"])},
-            replicas=config.extraction.replicas,
-            cpus=config.extraction.cpus_per_replica,
-            gpus=config.extraction.gpus_per_replica,
-        )
+        _read_questions(campaign, stage, round_index, build.extractor_host)
         return {"num_questions": num_rows(stage)}, {}
 
     fields = {"extraction": config.extraction.result_fields(), "prompt": config.prompt.result_fields()}
@@ -158,18 +164,9 @@ def perplexity(campaign: Campaign, round_index: int) -> None:
     """How hard this round's model state finds the wording of every candidate: one forward pass."""
     config = campaign.config
     questions = campaign.stage("questions")
-    state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:
-        run_host(
-            campaign,
-            stage,
-            partial(build.question_perplexity_host, state.model, config.prompt, config.extraction, state.adapter),
-            {"questions": ShardInput(questions.url, ["question_id", "question", "split"])},
-            replicas=config.extraction.replicas,
-            cpus=config.extraction.cpus_per_replica,
-            gpus=config.extraction.gpus_per_replica,
-        )
+        _read_questions(campaign, stage, round_index, build.question_perplexity_host)
         names = sorted(stage.finished_shards())
         found = pa.concat_tables([read_shard(stage.url, name, ["perplexity"]) for name in names])["perplexity"]
         return {"num_questions": len(found), "mean_perplexity": pc.mean(found).as_py()}, {}
