@@ -56,8 +56,8 @@ def measure_worlds(
 ) -> None:
     """The command line of a benchmark on labs: every seed of every world, the result written after each.
 
-    Seeds that stand in the newest result with the same settings are taken over, so they can be added one at a time;
-    with ``--again`` those that are named are measured anew.
+    Seeds that stand in the newest result with the same settings are taken over, so they can be added one at a time, by
+    several processes, too; with ``--again`` those that are named are measured anew.
 
     Args:
         settings: what decides the figures beside world and seed.
@@ -70,20 +70,24 @@ def measure_worlds(
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the question files")
     parser.add_argument("--again", action="store_true", help="measure what stands in the newest result, too")
     arguments = parser.parse_args()
-    before = latest_result(question) or {}
-    same = before.get("settings") == json.loads(json.dumps(dict(settings)))
-    by_world: dict[str, dict[str, Any]] = before["by_world"] if same else {}
     for seed in arguments.seeds:
         for world in arguments.worlds:
-            runs = by_world.setdefault(world, {})
-            if str(seed) in runs and not arguments.again:
+            if str(seed) in _measured(question, settings).get(world, {}) and not arguments.again:
                 continue
             found = measure(open_lab(world, seed, arguments.work, arguments.data, **lab_options))
-            runs[str(seed)] = json.loads(json.dumps(json_safe(found)))  # as it will be read
+            by_world = _measured(question, settings)  # now, since a process beside this one may have added seeds
+            by_world.setdefault(world, {})[str(seed)] = json.loads(json.dumps(json_safe(found)))  # as it will be read
             result: dict[str, Any] = {"settings": settings, "by_world": by_world}
             if compare:
                 result["comparison"] = {name: compare(made) for name, made in by_world.items() if made}
             print(f"written: {write_result(question, result, arguments.out)}", flush=True)
+
+
+def _measured(question: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What stands in the newest result, by world and seed; nothing where that was made with other settings."""
+    before = latest_result(question) or {}
+    same = before.get("settings") == json.loads(json.dumps(dict(settings)))
+    return before["by_world"] if same else {}
 
 
 def open_lab(
