@@ -25,14 +25,15 @@ def section(result: dict[str, Any]) -> Section:
 the candidates); the same tuner with the same rehearsal follows, and unseen paraphrases of all candidates' facts are
 graded. The area is that under the learning curve from no annotation to the largest budget, divided by its width: mean
 accuracy over budgets. Ahead: how far `{DEFAULT}`, the default, is in front, paired over seeds, with the p-value of a
-t-test."""
+t-test. Why is mostly told by the middle columns: how many of the annotated questions the base model answers wrongly, by
+budget. Annotations of right answers teach nothing."""
     ]
     charts = {}
     for world, compared in result["comparison"].items():
         runs = list(result["by_world"][world].values())
         parts.append(f"### {WORLDS[world].title}")
         parts.append(described(runs, compared))
-        parts.append(areas(compared["areas"]))
+        parts.append(areas(compared["areas"], runs, result["settings"]["budgets"]))
         charts[f"curves-{world.replace('_', '-')}"] = lines(
             f"Accuracy against annotations, {WORLDS[world].title}, mean of {len(runs)} seeds",
             "annotated, share of the candidates",
@@ -53,18 +54,25 @@ which the base model answers {percent(half["unknown_share"])} wrongly. Half of t
 {figure(scores["probe"])}, semantic entropy {figure(scores["semantic_entropy"])}."""
 
 
-def areas(found: dict[str, dict[str, Any]]) -> str:
-    """A table, the largest area first."""
+def areas(found: dict[str, dict[str, Any]], runs: list[dict[str, Any]], budgets: list[float]) -> str:
+    """A table, the largest area first, with the share of wrong answers among the annotated questions."""
+
+    def wrong(arm: str, at: int) -> str:
+        points = [run["curves"][arm][at] for run in runs]
+        return percent(mean(point["num_wrong"] / point["num_annotated"] for point in points))
+
     rows = [
         [
             f"**{NAMES.get(arm, arm)}**" if arm == DEFAULT else NAMES.get(arm, arm),
+            *(wrong(arm, at) for at in range(len(budgets))),
             figure(row["area"]),
             "" if arm == DEFAULT else figure(row["ahead"], sign=True),
             "" if row["p"] is None else f"{row['p']:.2g}",
         ]
         for arm, row in sorted(found.items(), key=lambda item: -item[1]["area"])
     ]
-    return table(["strategy", "area", "ahead", "p"], rows)
+    header = ["strategy", *(f"wrong, of {percent(share, 1).replace('.0 ', ' ')}" for share in budgets)]
+    return table([*header, "area", "ahead", "p"], rows)
 
 
 def curves(runs: list[dict[str, Any]], budgets: list[float]) -> dict[str, list[tuple[float, float]]]:
