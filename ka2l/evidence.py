@@ -17,6 +17,8 @@ import numpy as np
 _MAX_LOGIT = 6.0
 #: Of all later states together, beside 1 for the base model's probe: they have learnt to be sure.
 _LATER_WEIGHT = 0.5
+#: Of the base model's own answers: they are what its probe predicts.
+_DOUBT_WEIGHT = 2.0
 
 
 def doubt(num_agreeing: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
@@ -34,7 +36,7 @@ def doubt(num_agreeing: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
 
 
 def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.ndarray | None = None) -> np.ndarray:
-    """Weighted mean log-odds of unknown: 1 the base model's probe, 1 its own doubt, 1/2 the probes of later states.
+    """Weighted mean log-odds of unknown: 1 the base model's probe, 2 its own doubt, 1/2 the probes of later states.
 
     Args:
         base: calibrated log-odds under the base model, shape (num_questions,).
@@ -50,7 +52,7 @@ def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.nd
         weights.append(_LATER_WEIGHT)
     if own_doubt is not None:
         experts.append(own_doubt)
-        weights.append(1.0)
+        weights.append(_DOUBT_WEIGHT)
     logits_en = np.stack([_clip(logits) for logits in experts])
     there_en = ~np.isnan(logits_en)
     weighted = np.where(there_en, logits_en, 0.0) * np.array(weights)[:, None]

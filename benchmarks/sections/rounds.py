@@ -10,14 +10,15 @@ from tables import figure, interval, mean, percent, table
 from worlds import WORLDS
 
 TITLE = "Rounds: which evidence lets several win over one?"
-COMMAND = "python benchmarks/bench_rounds.py --seeds 0 1 2"
+COMMAND = "python benchmarks/bench_rounds.py --worlds entity_questions popqa people --seeds 0 1 2"
 NAMES = {
     "one_round": "one round, the probe",
     "one_round_doubt": "one round, probe and samples' disagreement",
     "current_state": "rounds, a probe of the last state",
     "all_states": "rounds, probes of all states",
+    "doubt": "rounds, base probe and samples' disagreement",
     "feedback": "rounds, base probe fitted with annotations",
-    "feedback_doubt": "rounds, the same and samples' disagreement",
+    "feedback_doubt": "rounds, base probe fitted with annotations and samples' disagreement",
     "default": "rounds, the same and later states (default)",
 }
 

@@ -29,14 +29,14 @@ def test_no_expert_can_outvote_all_others_by_an_extreme() -> None:
     assert score[0] < score[1]
 
 
-def test_own_doubt_weighs_as_much_as_the_base_models_probe() -> None:
-    assert combine(np.array([2.0, -2.0]), own_doubt=np.array([-1.0, 0.0])) == pytest.approx([0.5, -1.0])
+def test_own_doubt_weighs_twice_as_much_as_the_probe_that_predicts_it() -> None:
+    assert combine(np.array([2.0, -3.0]), own_doubt=np.array([-1.0, 0.0])) == pytest.approx([0.0, -1.0])
 
 
 def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None:
     later = [np.array([1.0, 1.0])]
     score = combine(np.array([2.0, 2.0]), later, np.array([np.nan, 0.0]))
-    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 0) / 2.5])
+    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 2 * 0) / 3.5])
 
 
 def test_doubt_is_the_log_odds_of_disagreeing_with_oneself() -> None:
