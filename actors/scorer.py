@@ -90,9 +90,12 @@ class ScorerHost:
         )
         rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
         if self.stopped_early:
-            for (_, purpose), row in rows.items():
+            for (question_id, purpose), row in rows.items():
                 if purpose == "probe":
-                    row["semantic_entropy"] = expected_entropy(row["semantic_ids"])
+                    drawn = samples[question_id, purpose]
+                    row["semantic_entropy"] = expected_entropy(
+                        row["semantic_ids"], [made["logprob"] for made in drawn], [made["answer"] for made in drawn]
+                    )
         return rows, {
             "num_pairs_asked": float(result.num_pairs_asked),
             "num_pairs_full": float(result.num_pairs_full),

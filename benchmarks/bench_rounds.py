@@ -3,17 +3,16 @@
 On labs (see ``lab.py``): two fifths of the candidates annotated, at once or in three rounds, always tuned from the
 base model with all annotations and with its own samples of the rest as rehearsal. Arms:
 
-    one_round           by the base model's probe
-    one_round_doubt     by the probe and by how far the samples drawn for rehearsal disagree
+    one_round           by the base model's probe and by how far its samples, drawn for rehearsal, disagree
+    one_round_probe     by the probe alone
     current_state       three rounds, each by a probe of the state tuned last alone
     all_states          by the probes of all states so far
-    doubt               by the base model's probe and, once they are drawn, the samples' disagreement
-    feedback            by the base model's probe, fitted again with what annotation said of right and wrong
-    feedback_doubt      the same and the samples' disagreement
+    feedback_probe      by the base model's probe, fitted again with what annotation said of right and wrong
+    feedback            the same and the samples' disagreement
     default             the same and all later states' probes: what ``ka2l run`` does
 
 For each: wrong answers of the base model among what was annotated, and accuracy on unseen paraphrases. Then stopping:
-rounds of a tenth, by ``feedback_doubt``, with the accuracy after each and the share of the rest that is predicted
+rounds of a tenth, by ``feedback``, with the accuracy after each and the share of the rest that is predicted
 unknown, and where three rules would have stopped. About 15 minutes a seed and world on two cores.
 
 The weight of the samples' disagreement (`ka2l.evidence`) was chosen by what arms of seed 0 of both worlds of real facts
@@ -34,7 +33,7 @@ from scipy.special import expit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
 
-from ka2l.evidence import combine, doubt
+from ka2l.evidence import combine
 from ka2l.labels import label_questions
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.probe import fit_probe
@@ -57,21 +56,20 @@ class Arm(NamedTuple):
     """The base model's probe."""
     feedback: bool = False
     """It is fitted again with the annotated questions."""
-    doubt: bool = False
-    """The base model's own samples of the candidates."""
+    doubt: bool = True
+    """The disagreement of its samples of the candidates."""
     later: bool = False
     """Probes of the states tuned since."""
 
 
 ARMS = {
     "one_round": Arm(num_rounds=1),
-    "one_round_doubt": Arm(num_rounds=1, doubt=True),
-    "current_state": Arm(base=False, later=True),
-    "all_states": Arm(later=True),
-    "doubt": Arm(doubt=True),
+    "one_round_probe": Arm(num_rounds=1, doubt=False),
+    "current_state": Arm(base=False, doubt=False, later=True),
+    "all_states": Arm(doubt=False, later=True),
+    "feedback_probe": Arm(feedback=True, doubt=False),
     "feedback": Arm(feedback=True),
-    "feedback_doubt": Arm(feedback=True, doubt=True),
-    "default": Arm(feedback=True, doubt=True, later=True),
+    "default": Arm(feedback=True, later=True),
 }
 
 
@@ -107,9 +105,7 @@ def evidence(lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarra
     if not arm.base and later:
         return later[-1]
     base = base_logits(lab, asked if arm.feedback else [])
-    # As in the engine, the samples count from the second round on; in a single round they are an arm of their own.
-    own = own_doubt(lab, ids) if arm.doubt and (asked or arm.num_rounds == 1) else None
-    return combine(base, list(later), own)
+    return combine(base, list(later), lab.own_doubt(ids) if arm.doubt else None)
 
 
 def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
@@ -127,13 +123,6 @@ def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
         row_seed(lab.seed, 1, "feedback", ""),
     )
     return fitted.predict_logit(states)
-
-
-def own_doubt(lab: Lab, names: Sequence[str]) -> np.ndarray:
-    """Log-odds that the base model disagrees with itself, shape (n,)."""
-    found = lab.clusters(names)
-    agreeing = np.array([max(map(ids.count, set(ids))) for ids in found])
-    return doubt(agreeing, np.array([len(ids) for ids in found]))
 
 
 def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
@@ -156,7 +145,7 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
 def stopping(lab: Lab) -> dict[str, Any]:
     """Rounds of a tenth, with what a rule could see after each."""
     ids, own = lab.ids("candidate"), lab.own_answers()
-    arm = ARMS["feedback_doubt"]
+    arm = ARMS["feedback"]
     base = lab.correct(lab.ids("eval")).mean()
     rows = [{"num_annotated": 0, "accuracy": base, "predicted_unknown": None, "wrong_of_the_rest": None}]
     asked: list[str] = []
@@ -183,7 +172,7 @@ def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def compare(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every arm less one round by the probe, paired over seeds."""
+    """Every arm less one round, paired over seeds."""
     final = {name: np.array([found["arms"][name]["accuracy"] for found in runs.values()]) for name in ARMS}
     table = {}
     for name, values in final.items():
@@ -205,5 +194,11 @@ def figures(lab: Lab) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    measured = {"budget": BUDGET, "num_rounds": NUM_ROUNDS, "unknown_share": UNKNOWN_SHARE, "gain": GAIN}
+    measured = {
+        "arms": list(ARMS),
+        "budget": BUDGET,
+        "num_rounds": NUM_ROUNDS,
+        "unknown_share": UNKNOWN_SHARE,
+        "gain": GAIN,
+    }
     measure_worlds(__doc__, "rounds", measured, figures, compare)

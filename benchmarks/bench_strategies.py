@@ -2,9 +2,11 @@
 
 Every seed of every world has a testbed of its own: a model taught three quarters of its facts, well or a little. Each
 strategy ranks the same candidates by what the base model shows, once for each budget; references of the chosen are
-tuned on, with the model's own answers to the rest, and unseen paraphrases of all candidates' facts are graded. Arms
-beside the strategies: ``random_alone`` (random, without rehearsal) and ``all`` (every candidate annotated). Compared is
-the area under the learning curve, from no annotation to half of the candidates, paired over seeds (t-test).
+tuned on, with the model's own answers to the rest, and unseen paraphrases of all candidates' facts are graded. As in
+the engine, ``probe`` and what builds on it count the disagreement of the samples that are drawn for rehearsal. Arms
+beside the strategies: ``probe_alone`` (without that), ``random_alone`` (random, without rehearsal) and ``all`` (every
+candidate annotated). Compared is the area under the learning curve, from no annotation to half of the candidates,
+paired over seeds (t-test).
 
 Worlds: invented people; EntityQuestions; PopQA, where page views say how well a fact is known. The latter two need the
 question files in ``--data``. A seed that stands in the newest result already is not run again. About 25 minutes a seed
@@ -23,7 +25,6 @@ from scipy.stats import ttest_rel
 from worlds import measure_worlds
 
 from ka2l.candidates import Candidates
-from ka2l.evidence import combine
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.perplexity import PerplexityScorer, question_tokens
 from ka2l.seeds import row_seed
@@ -33,20 +34,20 @@ from ka2l.selection import STRATEGIES, SelectionConfig, select
 BUDGETS = (0.125, 0.25, 0.5)
 #: What is compared with all others.
 DEFAULT = "probe"
+ARMS = (*sorted(STRATEGIES), "probe_alone", "random_alone")
 
 
 def candidates_of(lab: Lab) -> Candidates:
     """All that any strategy looks at."""
     ids = lab.ids("candidate")
     states = lab.states(ids)[:, lab.probe.layers.index(lab.probe.layer)]
-    logits = lab.probe.predict_logit(states)
     doubts = lab.uncertainty(ids)
     scorer = PerplexityScorer(str(lab.testbed.model), dtype="float32")
     texts = [question_tokens(lab.prompter, lab.rows[name]["question"]) for name in ids]
     return Candidates(
         question_ids=ids,
-        score=combine(logits),
-        p_unknown=1 / (1 + np.exp(-logits)),
+        score=lab.evidence(ids),
+        p_unknown=lab.probe.predict(states),
         entropy=doubts["semantic_entropy"],
         states=states,
         predictive_entropy=doubts["predictive_entropy"],
@@ -62,16 +63,15 @@ def curves(lab: Lab) -> dict[str, Any]:
     seed = row_seed(lab.seed, 0, "select", "")
     base = lab.correct(lab.ids("eval"))
     found: dict[str, list[dict[str, Any]]] = {}
-    for kind in sorted(STRATEGIES):
+    for arm in ARMS:
+        seen = candidates._replace(score=candidates.p_unknown) if arm == "probe_alone" else candidates
         for share in BUDGETS:
-            budget = round(share * len(ids))
-            chosen = select(candidates, SelectionConfig(kind=kind, budget=budget), seed)
+            config = SelectionConfig(kind=arm.removesuffix("_alone"), budget=round(share * len(ids)))
+            chosen = select(seen, config, seed)
             names = [ids[row] for row in chosen.indices]
-            point = {"num_annotated": budget, "num_wrong": int((~lab.correct(names)).sum())}
-            found.setdefault(kind, []).append(point | graded(lab, names, own))
-            if kind == "random":
-                found.setdefault("random_alone", []).append(point | graded(lab, names, {}))
-            print(lab.folder.name, kind, budget, found[kind][-1]["accuracy"], flush=True)
+            point = {"num_annotated": len(names), "num_wrong": int((~lab.correct(names)).sum())}
+            found.setdefault(arm, []).append(point | graded(lab, names, {} if arm == "random_alone" else own))
+            print(lab.folder.name, arm, len(names), found[arm][-1]["accuracy"], flush=True)
     wrong = ~lab.correct(ids)
     return {
         "num_candidates": len(ids),
@@ -122,5 +122,5 @@ def compare(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    measured = {"budgets": BUDGETS, "arms": [*sorted(STRATEGIES), "random_alone"]}
+    measured = {"budgets": BUDGETS, "arms": ARMS}
     measure_worlds(__doc__, "strategies", measured, curves, compare)

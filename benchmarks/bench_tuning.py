@@ -1,10 +1,10 @@
 """What should be annotated and tuned on: unknown, known, mixed or random questions, how many, with what rehearsal?
 
-On labs (see ``lab.py``), all arms tuned alike. *Unknown* and *known* are the ends of the probe's ranking, *mixed* is
-half of each, *random* is drawn. Each at 10, 25 and 50 % of the candidates, with the model's own samples of the rest
-as rehearsal and without; unknown questions, too, with its greedy answers and with the majority of its samples; beside
-them *all*, every candidate annotated. What probing takes is counted in tokens, so that the claim that half of the
-annotations do for all can be read gross and net. About 15 minutes a seed on two cores.
+On labs (see ``lab.py``), all arms tuned alike. *Unknown* and *known* are the ends of the engine's first ranking,
+*mixed* is half of each, *random* is drawn. Each at 10, 25 and 50 % of the candidates, with the model's own samples of
+the rest as rehearsal and without; unknown questions, too, with its greedy answers and with the majority of its
+samples; beside them *all*, every candidate annotated. What probing takes is counted in tokens, so that the claim that
+half of the annotations do for all can be read gross and net. About 15 minutes a seed on two cores.
 
     python benchmarks/bench_tuning.py --seeds 0 1 2
 """
@@ -19,7 +19,6 @@ from lab import Lab
 from scipy.stats import ttest_rel
 from worlds import measure_worlds
 
-from ka2l.evidence import combine
 from ka2l.metrics import proportion_with_ci
 from ka2l.seeds import row_seed
 
@@ -31,8 +30,7 @@ REHEARSALS = ("samples", "none", "greedy", "majority")
 def choices(lab: Lab) -> Mapping[str, Callable[[int], list[str]]]:
     """Arm -> which questions of so many are annotated."""
     ids = lab.ids("candidate")
-    score = combine(lab.probe.predict_logit(lab.states(ids)))
-    ranked = [ids[row] for row in np.argsort(-score, kind="stable")]
+    ranked = [ids[row] for row in np.argsort(-lab.evidence(ids), kind="stable")]
     drawn = sorted(ids, key=lambda name: row_seed(lab.seed, 0, "random", name))
     return {
         "unknown": lambda count: ranked[:count],

@@ -169,23 +169,29 @@ def stop_early(lab: Lab, names: Sequence[str], wrong: np.ndarray, most: int) -> 
     The answers of a question are the first of those that were drawn, as the engine's are.
     """
     ids = lab.clusters(names, most)
-    counts = []
-    for name in names:
-        answers = lab.observed[name].answers[:most]
+    counts, stopped = [], []
+    for name, found in zip(names, ids, strict=True):
+        answers, logprobs = lab.observed[name].answers[:most], lab.observed[name].logprobs
         count = min(FIRST, most)
         while count < most and not is_settled(answers[:count]):
             count = min(most, count + WAVE)
         counts.append(count)
-    stopped = np.array([expected_entropy(found[:count]) for found, count in zip(ids, counts, strict=True)])
+        stopped.append(expected_entropy(found[:count], logprobs[:count], answers[:count]))
     whole = lab.uncertainty(names, most)["semantic_entropy"]
-    as_many = lab.uncertainty(names, round(float(np.mean(counts))))["semantic_entropy"]
+    alike = round(float(np.mean(counts)))
+    as_many = np.array(
+        [
+            expected_entropy(found[:alike], lab.observed[name].logprobs[:alike], lab.observed[name].answers[:alike])
+            for name, found in zip(names, ids, strict=True)
+        ]
+    )
     return {
         "num_samples": most,
         "share_drawn": np.mean(counts) / most,
-        "auroc": auroc(wrong, stopped),
+        "auroc": auroc(wrong, np.array(stopped)),
         "auroc_all": auroc(wrong, whole),
         "auroc_as_many_each": auroc(wrong, as_many),
-        "difference": difference(wrong, stopped, whole, lab.seed),
+        "difference": difference(wrong, np.array(stopped), whole, lab.seed),
     }
 
 

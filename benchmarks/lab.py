@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine.cli import cache_dir
 from engine.config import load_config
 from ka2l.equivalence import LexicalEquivalence, cluster_answers, grade_answers
+from ka2l.evidence import combine, doubt
 from ka2l.hidden_states import HiddenStateExtractor
 from ka2l.labels import Labels, label_questions, split_seed_questions
 from ka2l.models import ModelConfig, load_tokenizer
@@ -223,6 +224,17 @@ class Lab:
             self.config.probe,
             row_seed(self.seed, 0, "probe", ""),
         )
+
+    def own_doubt(self, names: Sequence[str]) -> np.ndarray:
+        """Log-odds that the base model disagrees with itself, shape (n,)."""
+        found = self.clusters(names)
+        agreeing = np.array([max(map(ids.count, set(ids))) for ids in found])
+        return doubt(agreeing, np.array([len(ids) for ids in found]))
+
+    def evidence(self, names: Sequence[str]) -> np.ndarray:
+        """What the engine ranks candidates by in its first round, shape (n,): the probe, and the disagreement of the
+        samples that are drawn for rehearsal. Log-odds of unknown."""
+        return combine(self.probe.predict_logit(self.states(names)), own_doubt=self.own_doubt(names))
 
     # --- tuned models ------------------------------------------------------------------------------------------------
 

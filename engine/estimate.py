@@ -193,7 +193,7 @@ def predict(
     for index in range(config.rounds + 1):
         made += _predict_measuring(config, counts, rates, index)
         wanted = min(config.selection.budget, cap - annotated)
-        if index:
+        if config.rounds:
             made.append(_predict_feedback(config, counts, rates, index))
         if index == config.rounds or wanted <= 0:
             break
@@ -271,8 +271,7 @@ def _predict_measuring(config: RunConfig, counts: Mapping[str, int], rates: Rate
     if index == 0 and config.rounds:
         rehearsed = round(counts["candidate"] * config.tuning.rehearsal)
         asked["rehearsal"] = rehearsed
-        greedy = config.tuning.rehearsal_labels == "greedy"
-        answers["rehearsal"] = 1 if greedy else config.tuning.num_rehearsal_samples
+        answers["rehearsal"] = config.tuning.num_own_answers
         prompts += rates.prompt_tokens["candidate"] * rehearsed
     # What a longer tuning does to the length of answers is between what none and a short one do, or beyond.
     lengths = {
@@ -310,7 +309,7 @@ def _predict_scoring(config: RunConfig, scoring: Scoring, index: int, num: int) 
 
 def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> Prediction:
     """Own answers are grouped once; later they are only graded."""
-    work = round(counts["candidate"] * config.tuning.rehearsal) if index == 1 else 0
+    work = round(counts["candidate"] * config.tuning.rehearsal) if index == 0 else 0
     return _held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)), config)
 
 

@@ -7,7 +7,7 @@ One round asks one model state, the base model with the adapter tuned so far:
     label     dynamic threshold                       -> known / unknown for the seed questions
     extract   one forward pass a question             -> hidden states
     probe     classifier on the seed questions' states
-    feedback  how sure was the base model of its own samples, and was it right about what has been annotated?
+    feedback  how sure is the base model of its own samples, and was it right about what has been annotated?
     knowledge P(unknown) of every question            -> the knowledge map
     evaluate  facts, wording, calibration             -> figures beside accuracy; nothing depends on them
     perplexity one forward pass a candidate           -> how hard its wording is; for the strategy of that name alone
@@ -99,7 +99,7 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
     stages.label(campaign, round_index)
     stages.extract(campaign, round_index)
     stages.probe(campaign, round_index)
-    if round_index > 0:
+    if campaign.config.rounds > 0:
         stages.feedback(campaign, round_index)
     stages.knowledge(campaign, round_index)
     stages.evaluate(campaign, round_index)

@@ -157,7 +157,7 @@ class RoundReport:
     @property
     def graded(self) -> bool:
         """Whether annotations have shown by this round where the base model was right."""
-        return bool(self.stage("feedback").metrics.get("revealed"))
+        return any((self.stage("feedback").metrics.get("revealed") or {}).values())
 
     @property
     def evaluated(self) -> bool:

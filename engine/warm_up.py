@@ -181,7 +181,10 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     rows = _subset(campaign)
     warm = _small_campaign(campaign, folder, rows)
     stages.pool(warm)
-    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.knowledge):
+    probing = (
+        stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback, stages.knowledge
+    )  # fmt: skip
+    for stage in probing:
         stage(warm, 0)
     if warm.config.selection.kind == "perplexity":
         stages.perplexity(warm, 0)
@@ -194,9 +197,8 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     stages.tune(warm, 0)
     if warm.config.tuning.compares:
         stages.compare(warm, 0)
-    for stage in (stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback):
+    for stage in probing:
         stage(warm, 1)
-    stages.knowledge(warm, 1)
 
     def pace(name: str, round_index: int) -> Pace:
         return _pace(warm.stage(name, round_index).require())
@@ -211,7 +213,7 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
         extract=pace("extract", 0),
         extract_adapted=pace("extract", 1),
         cluster=pace("cluster", 1),
-        feedback=pace("feedback", 1),
+        feedback=pace("feedback", 0),
         driver=_driver_paces(warm, sum(row["split"] == "seed" for row in rows), len(rows)),
         tune=_tuning_pace(warm),
         decoding=decoding,

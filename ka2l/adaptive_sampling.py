@@ -1,22 +1,27 @@
 """How many answers does a question need? Draw some, and stop where more would hardly move its semantic entropy.
 
-A model that says the same four times knows what it says, and one that says six different things does not: ten answers
-tell no more. What is open is told by a posterior over the entropy. Answers are draws from unknown probabilities of
+A model that says the same three times knows what it says, and one that says six different things does not: ten answers
+tell little more. What is open is told by a posterior over the entropy. Answers are draws from unknown probabilities of
 ``NUM_MEANINGS`` meanings; a priori these follow one of the symmetric Dirichlet distributions with ``CONCENTRATIONS``,
 each as likely, from models that are sure of everything to models that guess. Mean and variance of the entropy under a
 Dirichlet posterior have closed forms (Wolpert and Wolf 1995, doi 10.1103/PhysRevE.52.6841), and the data weigh the
 mixture (as Nemenman, Shafee and Bialek 2002, arXiv physics/0108025, do with a continuum). Stopping semantic entropy by
 its posterior's spread: Ciosek et al. 2025, arXiv 2504.03579.
+
+Few answers are coarse: all questions whose three answers agree would share one entropy. How likely the model held what
+it said orders them, so the entropy in the end takes its own probabilities for further draws (`expected_entropy`).
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ka2l.normalise import surface_key
+from ka2l.semantic_entropy import log_masses
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,16 +33,18 @@ NUM_MEANINGS = 50
 #: Of the symmetric Dirichlet priors.
 CONCENTRATIONS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0)
 #: Answers drawn of every question, and then at a time where the entropy is still open.
-FIRST, WAVE = 4, 2
+FIRST, WAVE = 3, 2
 #: Standard deviation of the entropy's posterior, nats, below which it is settled.
-TOLERANCE = 0.5
+TOLERANCE = 0.55
+#: So many draws the model's own probabilities of its answers are worth.
+LIKELIHOOD_DRAWS = 3.0
 
 
 class EntropyPosterior(NamedTuple):
     """What some answers say of the semantic entropy."""
 
     mean: float
-    """Nats. Comparable between questions with different numbers of answers, which the entropy of the counts is not."""
+    """Nats."""
     deviation: float
     """Standard deviation, nats."""
 
@@ -64,15 +71,41 @@ def is_settled(answers: Sequence[str]) -> bool:
     return entropy_posterior([first_seen[key] for key in keys]).deviation < TOLERANCE
 
 
-def expected_entropy(ids: Sequence[int]) -> float:
-    """Semantic entropy, nats, of a question whose answers were drawn until it was settled: the posterior's mean, and 0
-    where all say the same, as the entropy of any number of such answers is.
+def expected_entropy(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]) -> float:
+    """Semantic entropy, nats, of a question whose answers were drawn until it was settled.
+
+    Of n answers, T distinct texts in C clusters, n_c are in cluster c, and the model gives the texts there the
+    probability m_c in all. These count as s = `LIKELIHOOD_DRAWS` more draws: p_c = (n_c + s m_c) / (n + s). What is
+    left, u = 1 - sum m, is of texts that were not drawn. As many of those as of the drawn ones, C / T, are taken for
+    new meanings, spread evenly over `NUM_MEANINGS`, and the others for what was said already, by n_c / n: so a long
+    answer, which is hardly ever worded twice, is no doubt. Comparable between questions with different numbers of
+    answers, which the entropy of the counts is not.
+
+    Args:
+        ids: cluster of each answer.
+        logprobs: each answer's sequence log-probability, nats; where not finite, its probability counts as not known.
+        answers: the texts.
 
     Raises:
-        ValueError: there are no answers.
+        ValueError: there are no answers, or the three differ in length.
     """
-    mean = entropy_posterior(ids).mean
-    return mean if len(set(ids)) > 1 else 0.0
+    if not ids:
+        raise ValueError("the semantic entropy of no answers")
+    likelihood = {cluster: math.exp(mass) for cluster, mass in log_masses(ids, logprobs, answers).items()}
+    # Texts that were cut off at a limit, or logged after rounding, may come to a little more than 1.
+    whole = max(1.0, math.fsum(likelihood.values()))
+    num_draws = len(ids) + LIKELIHOOD_DRAWS
+    counts = Counter(ids)
+    left = 1.0 - math.fsum(likelihood.values()) / whole
+    new = len(counts) / len(set(zip(ids, answers, strict=True)))
+    terms = []
+    for cluster, count in counts.items():
+        own = likelihood.get(cluster, 0.0) / whole + left * (1 - new) * count / len(ids)
+        share = (count + LIKELIHOOD_DRAWS * own) / num_draws
+        terms.append(-share * math.log(share))
+    if (unseen := LIKELIHOOD_DRAWS * left * new / num_draws) > 0:
+        terms.append(-unseen * math.log(unseen / NUM_MEANINGS))
+    return max(0.0, math.fsum(sorted(terms)))
 
 
 def draw_until_settled(

@@ -2,9 +2,9 @@
 
 Tuning on answers makes a model sure of everything, so the probe of a later state alone ranks what is left little
 better than chance. The base model saw the questions before any answer was trained on: its evidence comes first. Two
-things sharpen it after the first round. Every annotation says whether the base model was right about that question,
-which is the very thing that the entropy label stands in for; and the answers that were sampled for rehearsal show its
-doubt about each candidate, which the probe only predicts.
+things sharpen it. The answers that are sampled for rehearsal show its doubt about each candidate, which the probe only
+predicts; and after the first round every annotation says whether the base model was right about that question, which is
+the very thing that the entropy label stands in for.
 """
 
 from __future__ import annotations
@@ -33,6 +33,25 @@ def doubt(num_agreeing: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
     """
     odds = (num_answers - num_agreeing + 0.5) / (num_agreeing + 0.5)
     return np.where(num_answers < 2, np.nan, np.log(odds))
+
+
+def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndarray:
+    """Doubt of all questions where only some were sampled: of the others, what their probe's log-odds would show.
+
+    The doubt of a few answers is bounded and the probe's log-odds are not, so that without this a question that was
+    sampled would seldom be ahead of one that was not.
+
+    Args:
+        own_doubt: as by `doubt`, shape (num_questions,); NaN where not sampled.
+        base: calibrated log-odds under the base model, shape (num_questions,).
+        num_answers: drawn of each question that was sampled.
+
+    Returns:
+        Shape (num_questions,), without NaN.
+    """
+    answers = np.array([num_answers, num_answers])
+    least, most = doubt(np.array([num_answers, 1]), answers)
+    return np.where(np.isnan(own_doubt), np.clip(base, least, most), own_doubt)
 
 
 def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.ndarray | None = None) -> np.ndarray:

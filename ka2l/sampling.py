@@ -57,7 +57,7 @@ class SamplerConfig(EngineConfig):
     num_samples: int = Field(10, ge=2)
     """Answers per seed question, drawn at ``temperature``; semantic entropy comes from them."""
     stop_early: bool = False
-    """Draw four of them first, then two at a time, and no more where the entropy is settled
+    """Draw three of them first, then two at a time, and no more where the entropy is settled
     (`ka2l.adaptive_sampling`)."""
     temperature: float = Field(1.0, gt=0)
     """Of the sampled answers. The answer that measures accuracy is greedy."""

@@ -46,18 +46,24 @@ def weighted_semantic_entropy(ids: Sequence[int], logprobs: Sequence[float], ans
     """
     if not ids:
         raise ValueError("semantic entropy of no answers")
+    masses = sorted(log_masses(ids, logprobs, answers).values())
+    if not masses:
+        return math.nan
+    total = _log_sum_exp(masses)
+    return max(0.0, math.fsum(math.exp(mass - total) * (total - mass) for mass in masses))
+
+
+def log_masses(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]) -> dict[int, float]:
+    """Log of the summed probability of each cluster's distinct sequences, nats; clusters without a finite
+    log-probability are left out. Arguments as of `weighted_semantic_entropy`."""
     sequences: dict[tuple[int, str], float] = {}
     for cluster, logprob, answer in zip(ids, logprobs, answers, strict=True):
         if math.isfinite(logprob):
             sequences[cluster, answer] = max(logprob, sequences.get((cluster, answer), -math.inf))
-    if not sequences:
-        return math.nan
     clusters: dict[int, list[float]] = {}
     for (cluster, _), logprob in sequences.items():
         clusters.setdefault(cluster, []).append(logprob)
-    masses = sorted(_log_sum_exp(members) for members in clusters.values())
-    total = _log_sum_exp(masses)
-    return max(0.0, math.fsum(math.exp(mass - total) * (total - mass) for mass in masses))
+    return {cluster: _log_sum_exp(members) for cluster, members in clusters.items()}
 
 
 def predictive_entropy(logprobs: Sequence[float]) -> float:

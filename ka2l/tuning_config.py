@@ -96,6 +96,13 @@ class TuningConfig(Section):
     gpus_per_worker: float = Field(0.0, ge=0.0)
     """GPUs of a worker; 0 trains on the CPU."""
 
+    @property
+    def num_own_answers(self) -> int:
+        """The base model's own answers to a question that may be rehearsed."""
+        if self.rehearsal == 0:
+            return 0
+        return 1 if self.rehearsal_labels == "greedy" else self.num_rehearsal_samples
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         adapter = self.adapter

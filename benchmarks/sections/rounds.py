@@ -12,13 +12,12 @@ from worlds import WORLDS
 TITLE = "Rounds: which evidence lets several win over one?"
 COMMAND = "python benchmarks/bench_rounds.py --worlds entity_questions popqa people --seeds 0 1 2"
 NAMES = {
-    "one_round": "one round, the probe",
-    "one_round_doubt": "one round, probe and samples' disagreement",
+    "one_round": "one round, base probe and samples' disagreement",
+    "one_round_probe": "one round, base probe",
     "current_state": "rounds, a probe of the last state",
     "all_states": "rounds, probes of all states",
-    "doubt": "rounds, base probe and samples' disagreement",
-    "feedback": "rounds, base probe fitted with annotations",
-    "feedback_doubt": "rounds, base probe fitted with annotations and samples' disagreement",
+    "feedback_probe": "rounds, base probe fitted with annotations",
+    "feedback": "rounds, base probe fitted with annotations and samples' disagreement",
     "default": "rounds, the same and later states (default)",
 }
 

@@ -14,7 +14,7 @@ COMMAND = "python benchmarks/bench_strategies.py --worlds people entity_question
 DEFAULT = "probe"
 ALPHA = 0.05
 #: The same arm in a reader's words, where its name does not say it.
-NAMES = {"random_alone": "random, without rehearsal"}
+NAMES = {"random_alone": "random, without rehearsal", "probe_alone": "probe, by its forward pass alone"}
 
 
 def section(result: dict[str, Any]) -> Section:
@@ -23,10 +23,11 @@ def section(result: dict[str, Any]) -> Section:
     parts = [
         f"""All strategies rank the same candidates by what the base model shows, once for each budget ({budgets} of
 the candidates); the same tuner with the same rehearsal follows, and unseen paraphrases of all candidates' facts are
-graded. The area is that under the learning curve from no annotation to the largest budget, divided by its width: mean
-accuracy over budgets. Ahead: how far `{DEFAULT}`, the default, is in front, paired over seeds, with the p-value of a
-t-test. Why is mostly told by the middle columns: how many of the annotated questions the base model answers wrongly, by
-budget. Annotations of right answers teach nothing."""
+graded. `probe` and what builds on it count, beside the probe's forward pass, how far the samples disagree that are
+drawn for that rehearsal. The area is that under the learning curve from no annotation to the largest budget, divided by
+its width: mean accuracy over budgets. Ahead: how far `{DEFAULT}`, the default, is in front, paired over seeds, with the
+p-value of a t-test. Why is mostly told by the middle columns: how many of the annotated questions the base model
+answers wrongly, by budget. Annotations of right answers teach nothing."""
     ]
     charts = {}
     for world, compared in result["comparison"].items():

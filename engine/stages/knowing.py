@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from engine.stages.tables import (
     states_of,
 )
 from ka2l.correctness import QUADRANTS
-from ka2l.evidence import combine
+from ka2l.evidence import combine, filled
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe
@@ -101,13 +101,13 @@ def probe(campaign: Campaign, round_index: int) -> None:
 
 
 def feedback(campaign: Campaign, round_index: int) -> None:
-    """How sure was the base model of the candidates it was sampled on, and was it right about those annotated since?
+    """How sure is the base model of the candidates it was sampled on, and was it right about those annotated since?
 
-    The answers are there, drawn for rehearsal: the first time they are grouped by meaning, then only graded.
+    The answers are there, drawn for rehearsal: in round 0 they are grouped by meaning, later only graded.
     """
     answers = [campaign.stage("annotate", index) for index in range(round_index)]
     questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
-    before = campaign.stage("feedback", round_index - 1) if round_index > 1 else None
+    before = campaign.stage("feedback", round_index - 1) if round_index else None
     source = ("samples", own) if before is None else ("clusters", before)
     config = campaign.config.equivalence
 
@@ -147,13 +147,19 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
     base = campaign.stage("extract", 0)
     earlier = [campaign.stage("knowledge", index) for index in range(1, round_index)]
-    graded = [campaign.stage("feedback", round_index)] if round_index else []
-    first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier, *graded] if round_index else []
+    # A run of no rounds only maps: nothing was sampled for rehearsal.
+    graded = [campaign.stage("feedback", round_index)] if campaign.config.rounds else []
+    first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier] if round_index else []
+    first += graded
+    num_own = campaign.config.tuning.num_own_answers
+
+    def doubts(ids: list[str], logits: np.ndarray, sampled: Mapping[str, Sequence[int]]) -> np.ndarray | None:
+        return filled(own_doubts(sampled, ids), logits, num_own) if graded and num_own > 1 else None
 
     def work(stage: Stage) -> Outcome:
         fitted = load_stage_probe(campaign, probed)
-        informed = _probe_with_feedback(campaign, graded[0], round_index) if graded else fitted
-        second = second_axis(campaign, graded[0], round_index) if graded else None
+        informed = _probe_with_feedback(campaign, graded[0], round_index) if round_index else fitted
+        second = second_axis(campaign, graded[0], round_index) if round_index else None
         finished = stage.finished_shards()
         layers, base_layers = layers_of(extracted), layers_of(base)
         for name in extracted.shard_names():
@@ -162,22 +168,21 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
             table = read_shard(extracted.url, name)
             states = stored_states(table, len(layers))
             logits = fitted.predict_logit(states)
-            score: np.ndarray = combine(logits)
+            ids = table["question_id"].to_pylist()
+            sampled: Mapping[str, Sequence[int]] = {}
+            if graded:
+                sampled = by_id(read_shard(graded[0].url, name, ["question_id", "semantic_ids"]), "semantic_ids")
+            score = combine(logits, own_doubt=doubts(ids, logits, sampled))
             p_wrong: Any = pa.nulls(table.num_rows)
             quadrant: Any = p_wrong
-            if graded:
-                ids = table["question_id"].to_pylist()
+            if round_index:
                 later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
                 rows = read_shard(base.url, name)
                 base_ids = rows["question_id"].to_pylist()
                 chosen = stored_states(rows, len(base_layers))[:, base_layers.index(informed.layer)]
                 then = dict(zip(base_ids, informed.predict_logit(chosen), strict=True))
-                sampled = by_id(read_shard(graded[0].url, name, ["question_id", "semantic_ids"]), "semantic_ids")
-                score = combine(
-                    np.array([then.get(question_id, 0.0) for question_id in ids]),
-                    [*later, logits],
-                    own_doubts(sampled, ids),
-                )
+                base_logits = np.array([then.get(question_id, 0.0) for question_id in ids])
+                score = combine(base_logits, [*later, logits], doubts(ids, base_logits, sampled))
                 judged = second(base_ids, chosen, sampled) if second else {}
                 p_wrong = [judged[question_id].p_wrong if question_id in judged else None for question_id in ids]
                 quadrant = [judged[question_id].quadrant if question_id in judged else None for question_id in ids]

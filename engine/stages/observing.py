@@ -23,14 +23,13 @@ from ka2l.metrics import forgetting, proportion_with_ci
 def observe(campaign: Campaign, round_index: int) -> None:
     """Sample answers from this round's model state: one engine session for all purposes."""
     config = campaign.config
-    rehearsal = config.tuning.rehearsal > 0 and round_index == 0 and config.rounds > 0
-    greedy = config.tuning.rehearsal_labels == "greedy"
+    rehearsal = round_index == 0 and config.rounds > 0
     plan = ObservePlan(
         run_seed=config.seed,
         round_index=round_index,
-        num_rehearsal=(1 if greedy else config.tuning.num_rehearsal_samples) if rehearsal else 0,
+        num_rehearsal=config.tuning.num_own_answers if rehearsal else 0,
         rehearsal_share=config.tuning.rehearsal,
-        rehearsal_greedy=greedy,
+        rehearsal_greedy=config.tuning.rehearsal_labels == "greedy",
         # The last observation only measures: nothing is selected after it.
         probe_candidates=config.selection.samples_candidates and round_index < config.rounds,
         num_agreement=config.evaluation.num_samples,

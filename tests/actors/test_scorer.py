@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from actors.scorer import ScorerHost
-from ka2l.adaptive_sampling import entropy_posterior
+from ka2l.adaptive_sampling import expected_entropy
 from ka2l.equivalence import LexicalEquivalence
 from ka2l.records import CLUSTERS, SAMPLES
 
@@ -52,14 +52,16 @@ def cluster(samples: list[dict], **options: Any) -> tuple[dict[tuple[str, str], 
     return rows, stats
 
 
-def test_where_drawing_stopped_early_the_entropy_is_what_more_answers_would_show() -> None:
-    few = [sample("seed-1", "probe", i, answer) for i, answer in enumerate(["Lima", "Oslo", "Rome", "Bonn"])]
-    sure = [sample("seed-2", "probe", i, "Lima") for i in range(4)]
+def test_where_drawing_stopped_early_the_entropy_does_not_depend_on_how_many_were_drawn() -> None:
+    texts = ["Lima", "Oslo", "Rome", "Bonn"]
+    few = [sample("seed-1", "probe", i, answer) for i, answer in enumerate(texts)]
+    sure = [sample("seed-2", "probe", i, "Lima", logprob=-0.1) for i in range(3)]
     asked = [sample("eval-1", "eval", 0, "Lima")]
     rows, _ = cluster([*few, *sure, *asked], stopped_early=True)
-    assert rows["seed-1", "probe"]["semantic_entropy"] == pytest.approx(entropy_posterior([0, 1, 2, 3]).mean)
+    expected = expected_entropy(range(4), [row["logprob"] for row in few], texts)
+    assert rows["seed-1", "probe"]["semantic_entropy"] == pytest.approx(expected)
     assert rows["seed-1", "probe"]["semantic_entropy"] > math.log(4)
-    assert rows["seed-2", "probe"]["semantic_entropy"] == 0
+    assert rows["seed-2", "probe"]["semantic_entropy"] < rows["seed-1", "probe"]["semantic_entropy"]
     assert rows["eval-1", "eval"]["semantic_entropy"] == 0
 
 

@@ -96,10 +96,10 @@ def test_what_the_driver_does_pays_for_its_start_once() -> None:
     assert [row.seconds.value for row in of("select", rows())] == [5.0 + 3.4, 3.4, 3.4]
 
 
-def test_own_answers_are_grouped_in_the_second_round_and_graded_in_later_ones() -> None:
+def test_own_answers_are_grouped_in_the_first_round_and_graded_in_later_ones() -> None:
     grouped = of("feedback", rows())
-    assert [row.round_index for row in grouped] == [1, 2, 3]
-    assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0, 2.0]
+    assert [row.round_index for row in grouped] == [0, 1, 2, 3]
+    assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0, 2.0, 2.0]
 
 
 REFINING = Refining(

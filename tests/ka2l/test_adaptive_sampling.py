@@ -162,10 +162,70 @@ def test_a_prompt_that_does_not_fit_is_not_asked_again() -> None:
 
 
 def test_fewer_answers_than_the_first_wave_are_drawn_at_once() -> None:
-    (made,) = draw_until_settled(Scripted(), [Request([7], 3, 1.0, 0)], [True])
-    assert len(made) == 3
+    (made,) = draw_until_settled(Scripted(), [Request([7], FIRST - 1, 1.0, 0)], [True])
+    assert len(made) == FIRST - 1
 
 
-def test_answers_that_all_say_the_same_have_no_entropy_however_few() -> None:
-    assert expected_entropy([0] * FIRST) == 0.0
-    assert expected_entropy([0, 1]) == entropy_posterior([0, 1]).mean
+# --- the entropy in the end ------------------------------------------------------------------------------------------
+
+
+def of_paris(probability: float, num_answers: int = FIRST) -> float:
+    return expected_entropy([0] * num_answers, [math.log(probability)] * num_answers, ["Paris"] * num_answers)
+
+
+def test_agreement_on_what_the_model_holds_certain_is_no_entropy() -> None:
+    assert of_paris(1.0) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_of_questions_whose_answers_all_agree_the_likelier_answer_has_less() -> None:
+    found = [of_paris(probability) for probability in (0.99, 0.9, 0.5, 0.1)]
+    assert found == sorted(found)
+    assert len(set(found)) == 4
+
+
+def test_more_answers_that_agree_leave_less() -> None:
+    assert of_paris(0.5, 10) < of_paris(0.5, 5) < of_paris(0.5, 3)
+
+
+def test_with_many_answers_their_counts_alone_decide() -> None:
+    ids = [0] * 500 + [1] * 500
+    unlikely = expected_entropy(ids, [-9.0] * 1000, [f"answer {name}" for name in ids])
+    assert unlikely == pytest.approx(math.log(2), abs=0.05)
+
+
+def test_a_text_drawn_twice_has_its_probability_once_and_wordings_of_a_meaning_add_up() -> None:
+    log_half = math.log(0.5)
+    again = expected_entropy([0, 0, 0], [log_half] * 3, ["Paris"] * 3)
+    reworded = expected_entropy([0, 0, 0], [log_half, log_half, log_half], ["Paris", "Paris", "It is Paris"])
+    assert reworded == pytest.approx(0.0, abs=1e-9)
+    assert again > 0.3
+
+
+def test_long_answers_that_agree_in_other_words_are_less_doubtful_than_short_ones_that_do_not() -> None:
+    wordings = [f"It is Paris, as far as I can tell, {place}" for place in range(FIRST)]
+    long = expected_entropy([0] * FIRST, [-20.0] * FIRST, wordings)
+    short = expected_entropy([0, 1, 0], [math.log(0.5), math.log(0.3), math.log(0.5)], ["Paris", "Lyon", "Paris"])
+    assert long < short
+
+
+@pytest.mark.parametrize("logprob", [-math.inf, math.nan])
+def test_without_log_probabilities_what_was_drawn_still_orders_questions(logprob: float) -> None:
+    texts = ["Paris", "Lyon", "Nice"]
+    found = [expected_entropy(ids, [logprob] * 3, texts) for ids in ([0, 0, 0], [0, 0, 1], [0, 1, 2])]
+    assert found == sorted(found)
+    assert all(math.isfinite(value) for value in found)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.floats(-30, 0)), min_size=1, max_size=20), st.randoms())
+def test_neither_order_nor_names_of_clusters_matter_to_it(drawn: list[tuple[int, float]], random) -> None:  # type: ignore[no-untyped-def]
+    rows = [(name, logprob, f"text {place}") for place, (name, logprob) in enumerate(drawn)]
+    found = expected_entropy(*map(list, zip(*rows, strict=True)))  # type: ignore[arg-type]
+    random.shuffle(rows)
+    ids, logprobs, texts = map(list, zip(*rows, strict=True))
+    assert found == pytest.approx(expected_entropy([9 - name for name in ids], logprobs, texts))
+    assert found >= 0
+
+
+def test_no_answers_have_no_expected_entropy() -> None:
+    with pytest.raises(ValueError, match="no answers"):
+        expected_entropy([], [], [])

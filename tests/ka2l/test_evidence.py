@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ka2l.evidence import combine, doubt
+from ka2l.evidence import combine, doubt, filled
 
 
 def test_the_base_model_alone_is_its_own_evidence() -> None:
@@ -42,6 +42,18 @@ def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None
 def test_doubt_is_the_log_odds_of_disagreeing_with_oneself() -> None:
     found = doubt(np.array([10, 5, 1]), np.array([10, 10, 10]))
     assert found == pytest.approx([math.log(0.5 / 10.5), 0.0, math.log(9.5 / 1.5)])
+
+
+def test_what_was_not_sampled_gets_the_doubt_that_its_probe_foretells_as_far_as_answers_can_show_it() -> None:
+    sampled = doubt(np.array([10, 1]), np.array([10, 10]))
+    found = filled(np.array([np.nan, np.nan, np.nan, *sampled]), np.array([-9.0, 0.5, 9.0, 0.0, 0.0]), 10)
+    assert found == pytest.approx([sampled[0], 0.5, sampled[1], *sampled])
+
+
+def test_a_sampled_question_of_doubt_is_not_behind_one_that_was_not_sampled() -> None:
+    probe = np.array([5.0, 4.9])
+    score = combine(probe, own_doubt=filled(np.array([math.log(9.5 / 1.5), np.nan]), probe, 10))
+    assert score[0] > score[1]
 
 
 def test_one_answer_or_none_shows_no_doubt() -> None:
