@@ -1,6 +1,6 @@
 """Do several rounds win over one, and what makes them? Evidence, feedback and states, at the same budget.
 
-On labs (see ``lab.py``): two fifths of the candidates annotated, at once or in three rounds, always tuned from the
+On labs (see ``lab.py``): a quarter of the candidates annotated, at once or in three rounds, always tuned from the
 base model with all annotations and with its own samples of the rest as rehearsal. Arms:
 
     one_round           by the base model's probe and by how far its samples, drawn for rehearsal, disagree
@@ -40,7 +40,7 @@ from ka2l.probe import fit_probe
 from ka2l.seeds import row_seed
 from ka2l.semantic_entropy import discrete_semantic_entropy
 
-BUDGET = 0.4
+BUDGET = 0.25
 NUM_ROUNDS = 3
 #: Rounds of a tenth each, for the rules that stop.
 NUM_STEPS = 7

@@ -107,8 +107,8 @@ def feedback(campaign: Campaign, round_index: int) -> None:
     """
     answers = [campaign.stage("annotate", index) for index in range(round_index)]
     questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
-    before = campaign.stage("feedback", round_index - 1) if round_index else None
-    source = ("samples", own) if before is None else ("clusters", before)
+    grouped = round_index > 0 and campaign.has_feedback(round_index - 1)
+    source = ("clusters", campaign.stage("feedback", round_index - 1)) if grouped else ("samples", own)
     config = campaign.config.equivalence
 
     def work(stage: Stage) -> Outcome:
@@ -147,8 +147,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
     base = campaign.stage("extract", 0)
     earlier = [campaign.stage("knowledge", index) for index in range(1, round_index)]
-    # A run of no rounds only maps: nothing was sampled for rehearsal.
-    graded = [campaign.stage("feedback", round_index)] if campaign.config.rounds else []
+    graded = [campaign.stage("feedback", round_index)] if campaign.has_feedback(round_index) else []
     first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier] if round_index else []
     first += graded
     num_own = campaign.config.tuning.num_own_answers

@@ -77,6 +77,14 @@ def clusters() -> pa.Table:
     return pa.table(columns).cast(CLUSTERS).filter(kept)
 
 
+def own_answers() -> pa.Table:
+    """Of every candidate two answers, which agree about two of three."""
+    names = [name for name, split in zip(IDS, SPLIT, strict=True) if split == "candidate"]
+    drawn = clusters().slice(0, 1).to_pylist()[0] | {"purpose": "rehearsal", "correct": None}
+    rows = [drawn | {"question_id": name, "semantic_ids": [0, int(int(name[1:]) % 3 == 0)]} for name in names]
+    return pa.Table.from_pylist(rows, schema=CLUSTERS)
+
+
 def samples() -> pa.Table:
     """Two answers of the model itself to every question but those that measure."""
     asked = [(name, number) for name, split in zip(IDS, SPLIT, strict=True) if split != "eval" for number in range(2)]
@@ -127,6 +135,7 @@ def begin(tmp_path: Path) -> Begin:
         commit(campaign.stage("observe", 0), samples(), shard_rows)
         commit(campaign.stage("cluster", 0), clusters(), shard_rows)
         commit(campaign.stage("extract", 0), states(), shard_rows)
+        commit(campaign.stage("feedback", 0), own_answers(), shard_rows)
         return campaign
 
     return made
