@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lab import Lab
+from lab import Lab, doubt_of
 from scipy.special import expit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
@@ -121,6 +121,7 @@ def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
         [layer],
         lab.config.probe,
         row_seed(lab.seed, 1, "feedback", ""),
+        targets=np.concatenate([expit(lab.own_doubt(seeds)), ~lab.correct(asked)]),
     )
     return fitted.predict_logit(states)
 
@@ -137,7 +138,8 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
         states = lab.extract([*seeds, *ids], adapter)
         layers = range(states.shape[1])
         seed = row_seed(lab.seed, 1, "probe", "")
-        fitted = fit_probe(states[: len(seeds)], labels.unknown, splits, layers, lab.config.probe, seed)
+        of_seeds, targets = states[: len(seeds)], expit(doubt_of(clusters))
+        fitted = fit_probe(of_seeds, labels.unknown, splits, layers, lab.config.probe, seed, targets=targets)
         np.save(file, fitted.predict_logit(states[len(seeds) :]))
     return np.load(file)
 

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 from lab import Lab
+from scipy.special import expit
 from worlds import WORLDS, measure_worlds
 
 from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
+from ka2l.evidence import combine
 from ka2l.labels import split_seed_questions
 from ka2l.metrics import auroc, auroc_with_ci
 from ka2l.p_true import SolvedExample, p_true, p_true_prompt, split_examples
@@ -43,8 +45,16 @@ NUM_SEED_DRAWS = 5
 NUM_POINTS = 150
 
 
-def fit(lab: Lab, names: Sequence[str], labels: np.ndarray, kind: str, layers: Sequence[int] | None = None) -> Probe:
-    """A probe of some kind on seed questions with these labels."""
+def fit(
+    lab: Lab,
+    names: Sequence[str],
+    labels: np.ndarray,
+    kind: str,
+    layers: Sequence[int] | None = None,
+    num_samples: int | None = None,
+) -> Probe:
+    """A probe of some kind on seed questions with these labels; trained for how far so many samples disagree where
+    ``num_samples`` is given, as the engine's is."""
     groups = [lab.rows[name].get("group") for name in names]
     states = lab.states(names)
     chosen = list(range(states.shape[1]) if layers is None else layers)
@@ -55,6 +65,7 @@ def fit(lab: Lab, names: Sequence[str], labels: np.ndarray, kind: str, layers: S
         chosen,
         lab.config.probe.model_copy(update={"kind": kind}),
         row_seed(lab.seed, 0, "probe", kind),
+        targets=None if num_samples is None else expit(lab.own_doubt(names, num_samples)),
     )
 
 
@@ -96,12 +107,14 @@ def figures(lab: Lab) -> dict[str, Any]:
     seeds, names = lab.ids("seed"), lab.ids("eval")
     labels = lab.labels(NUM_SAMPLES)
     targets = {"wrong": ~lab.correct(names), "unknown": unknown_later(lab, names, labels.threshold)}
-    ours = fit(lab, seeds, labels.unknown, "mlp")
+    ours = fit(lab, seeds, labels.unknown, "mlp", num_samples=NUM_SAMPLES)
     scores = lab.uncertainty(names, NUM_SAMPLES) | {
         "p_true": doubt_by_p_true(lab, names),
         "sep": score(lab, fit(lab, seeds, labels.unknown, "linear"), names),
         "accuracy_probe": score(lab, fit(lab, seeds, ~lab.correct(seeds), "linear"), names),
+        "probe_on_labels": score(lab, fit(lab, seeds, labels.unknown, "mlp"), names),
         "probe": score(lab, ours, names),
+        "evidence": combine(score(lab, ours, names), own_doubt=lab.own_doubt(names, NUM_SAMPLES)),
     }
     return {
         "num_eval": len(names),
@@ -137,7 +150,7 @@ def by_layer(lab: Lab, probe: Probe, wrong: np.ndarray) -> list[dict[str, Any]]:
     seeds, names = lab.ids("seed"), lab.ids("eval")
     rows = []
     for row in probe.metrics["by_layer"]:
-        alone = fit(lab, seeds, lab.labels(NUM_SAMPLES).unknown, "mlp", [row["layer"]])
+        alone = fit(lab, seeds, lab.labels(NUM_SAMPLES).unknown, "mlp", [row["layer"]], NUM_SAMPLES)
         wrong_here = auroc_with_ci(wrong, score(lab, alone, names), lab.seed)
         unknown = [row["test_auroc"], *row["test_auroc_ci"]]
         rows.append({"layer": row["layer"], "unknown": unknown, "wrong": list(wrong_here)})
@@ -157,7 +170,7 @@ def by_num_samples(lab: Lab, wrong: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for count in NUM_SAMPLES_TRIED:
         entropy = lab.uncertainty(names, count)["semantic_entropy"]
-        probe = fit(lab, seeds, lab.labels(count).unknown, "mlp")
+        probe = fit(lab, seeds, lab.labels(count).unknown, "mlp", num_samples=count)
         found = {"semantic_entropy": entropy, "probe": score(lab, probe, names)}
         rows.append({"num_samples": count} | {name: auroc(wrong, values) for name, values in found.items()})
     return rows
@@ -204,7 +217,7 @@ def by_num_seed(lab: Lab, unknown: np.ndarray, wrong: np.ndarray) -> list[dict[s
         found = []
         for _ in range(NUM_SEED_DRAWS):
             chosen = sorted(rng.permutation(len(seeds))[:count].tolist())
-            probe = fit(lab, [seeds[row] for row in chosen], unknown[chosen], "mlp")
+            probe = fit(lab, [seeds[row] for row in chosen], unknown[chosen], "mlp", num_samples=NUM_SAMPLES)
             found.append(auroc(wrong, score(lab, probe, names)))
         rows.append({"num_seed": count, "probe": np.mean(found)})
     return rows
@@ -227,7 +240,9 @@ def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
         chosen = {"own": source == part, "others": source != part, "all": np.ones(len(seeds), bool)}
         found: Mapping[str, np.ndarray] = {
             f"probe_{name}": score(
-                lab, fit(lab, [seeds[row] for row in np.flatnonzero(mask)], unknown[mask], "mlp"), mine
+                lab,
+                fit(lab, [seeds[row] for row in np.flatnonzero(mask)], unknown[mask], "mlp", num_samples=NUM_SAMPLES),
+                mine,
             )
             for name, mask in chosen.items()
         }

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from arms import WITHOUT_DECODER
+from scipy.special import expit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.cli import cache_dir
@@ -40,6 +41,12 @@ from ka2l.semantic_entropy import (
 from ka2l.testbed import cached_testbed
 from ka2l.tuning import training_rows, tune
 from ka2l.tuning_config import TuningConfig
+
+
+def doubt_of(clusters: Sequence[Sequence[int]]) -> np.ndarray:
+    """Log-odds of disagreeing with oneself, from the cluster of each answer; shape (n,)."""
+    agreeing = np.array([max(map(ids.count, set(ids))) for ids in clusters])
+    return doubt(agreeing, np.array([len(ids) for ids in clusters]))
 
 
 class Observed(NamedTuple):
@@ -223,13 +230,12 @@ class Lab:
             range(states.shape[1]),
             self.config.probe,
             row_seed(self.seed, 0, "probe", ""),
+            targets=expit(self.own_doubt(ids)),
         )
 
-    def own_doubt(self, names: Sequence[str]) -> np.ndarray:
+    def own_doubt(self, names: Sequence[str], num_samples: int | None = None) -> np.ndarray:
         """Log-odds that the base model disagrees with itself, shape (n,)."""
-        found = self.clusters(names)
-        agreeing = np.array([max(map(ids.count, set(ids))) for ids in found])
-        return doubt(agreeing, np.array([len(ids) for ids in found]))
+        return doubt_of(self.clusters(names, num_samples))
 
     def evidence(self, names: Sequence[str]) -> np.ndarray:
         """What the engine ranks candidates by in its first round, shape (n,): the probe, and the disagreement of the

@@ -74,7 +74,10 @@ def prompts_of(spec: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """One vLLM session, a prefill-only forward, clusters by representatives, all layers' probes at once."""
+    from scipy.special import expit
+
     from actors.sampler import VLLMSampler
+    from ka2l.evidence import doubt
     from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
     from ka2l.labels import LabelsConfig, label_questions, split_seed_questions
     from ka2l.probe import ProbeConfig, fit_probe
@@ -109,7 +112,9 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         splits = split_seed_questions(ids, [row["group"] for row in spec["questions"]], LabelsConfig(), 0)
         labels = label_questions(ids, entropies, splits)
     with clock.stage("probe"):
-        probe = fit_probe(states, labels.unknown, splits, extractor.layers, ProbeConfig(), 0)
+        agreeing = np.array([max(map(found.count, set(found))) for found in clusters.ids])
+        targets = expit(doubt(agreeing, np.array([len(found) for found in clusters.ids])))
+        probe = fit_probe(states, labels.unknown, splits, extractor.layers, ProbeConfig(), 0, targets=targets)
     np.savez(out, states=states, entropies=entropies)
     made = {"samples": samples, "greedy": greedy, "clusters": clusters.ids}
     out.with_suffix(".json").write_text(json.dumps(made, ensure_ascii=False))

@@ -2,6 +2,8 @@
 
 All layers are trained at once, each on its own, as one batched matrix product. Weights see the train rows; early
 stopping, the choice of the layer and the calibration see the validation rows; every reported figure is of test rows.
+A label says whether a question is unknown, the disagreement of its answers how far it is: trained on the latter, the
+probe ranks better (`benchmarks/results/uncertainty`); calibrated and measured it is by the former.
 Sources: KA2L (arXiv 2603.17566) for the task and the SwiGLU probe; semantic entropy probes (Kossen et al. 2024,
 arXiv 2406.15927) for the linear one; Platt 1999 for calibration.
 """
@@ -153,6 +155,7 @@ def fit_probe(
     config: ProbeConfig,
     seed: int,
     sample_weight: np.ndarray | None = None,
+    targets: np.ndarray | None = None,
 ) -> Probe:
     """Fit one probe a layer, choose the layer, calibrate it and measure it.
 
@@ -168,6 +171,8 @@ def fit_probe(
         config: what to fit and how.
         seed: of initial weights, order of rows, dropout and bootstrap.
         sample_weight: weight of each row in the loss, shape (N,).
+        targets: what is trained for in place of the labels, in [0, 1], shape (N,): how far the answers disagree. NaN
+            for a row's label.
 
     Returns:
         A probe whose ``metrics`` hold, for the chosen layer on the test split: ``layer``, ``auroc``, ``auroc_ci``,
@@ -195,7 +200,8 @@ def fit_probe(
     mean, scale = standardisation(states, rows.train)
     is_constant = bool(unknown[rows.train].all() or not unknown[rows.train].any())
     weights = np.ones(len(unknown)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
-    data = to_device(states, mean, scale, unknown, weights, config)
+    wanted = unknown if targets is None else np.where(np.isnan(targets), unknown, targets)
+    data = to_device(states, mean, scale, wanted, weights, config)
     fitted, scores = train_layers(data, rows, list(layers), config, seed, untrained=is_constant)
 
     if is_constant:

@@ -26,12 +26,13 @@ class Rows(NamedTuple):
 
 
 class Data(NamedTuple):
-    """What training reads: ``states`` (N, L, D), ``mean`` and ``scale`` (L, D), ``labels`` and ``weights`` (N,)."""
+    """What training reads: ``states`` (N, L, D), ``mean`` and ``scale`` (L, D), ``weights`` and ``targets`` (N,), the
+    latter in [0, 1]."""
 
     states: torch.Tensor
     mean: torch.Tensor
     scale: torch.Tensor
-    labels: torch.Tensor
+    targets: torch.Tensor
     weights: torch.Tensor
     device: torch.device
 
@@ -63,7 +64,7 @@ def to_device(
     states: np.ndarray,
     mean: np.ndarray,
     scale: np.ndarray,
-    unknown: np.ndarray,
+    targets: np.ndarray,
     weights: np.ndarray,
     config: ProbeConfig,
 ) -> Data:
@@ -81,7 +82,7 @@ def to_device(
         on_cpu.to(device) if fits else on_cpu,
         torch.from_numpy(mean).to(device),
         torch.from_numpy(scale).to(device),
-        torch.from_numpy(unknown).float().to(device),
+        torch.from_numpy(targets).float().to(device),
         torch.from_numpy(weights).float().to(device),
         device,
     )
@@ -165,8 +166,8 @@ def _loss(
     dropout = config.dropout if generator is not None else 0.0
     rows = rows.to(data.device)
     logits = forward(config.kind, weights, data.batch(rows, group), dropout, generator)
-    labels, row_weights = data.labels[rows].expand_as(logits), data.weights[rows]
-    return binary_cross_entropy_with_logits(logits, labels, weight=row_weights, reduction="none").mean(dim=1)
+    targets, row_weights = data.targets[rows].expand_as(logits), data.weights[rows]
+    return binary_cross_entropy_with_logits(logits, targets, weight=row_weights, reduction="none").mean(dim=1)
 
 
 def weight_shapes(kind: str, width: int, hidden: int) -> dict[str, tuple[int, int]]:

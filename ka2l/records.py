@@ -97,6 +97,7 @@ LABELS = pa.schema(
         _field("probe_split", pa.string(), "one of PROBE_SPLITS"),
         _field("semantic_entropy", pa.float32(), "nats"),
         _field("unknown", pa.bool_(), "entropy at or above the threshold fitted on the train split"),
+        _field("disagreement", pa.float32(), "probability of another answer than the most frequent one"),
     ]
 )
 

@@ -46,7 +46,7 @@ def label(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         group_of = by_id(questions.table(["question_id", "group"], pc.field("split") == "seed"), "group")
-        drawn = clusters.table(["question_id", "semantic_entropy"], pc.field("purpose") == "probe")
+        drawn = clusters.table(["question_id", "semantic_entropy", "semantic_ids"], pc.field("purpose") == "probe")
         entropy_of = by_id(drawn, "semantic_entropy")
         ids = sorted(question_id for question_id in group_of if question_id in entropy_of)
         entropies = np.array([entropy_of[question_id] for question_id in ids])
@@ -54,7 +54,13 @@ def label(campaign: Campaign, round_index: int) -> None:
             ids, [group_of[question_id] for question_id in ids], campaign.config.labels, campaign.config.seed
         )
         labels = label_questions(ids, entropies, splits)
-        columns = {"question_id": ids, "probe_split": splits, "semantic_entropy": entropies, "unknown": labels.unknown}
+        columns = {
+            "question_id": ids,
+            "probe_split": splits,
+            "semantic_entropy": entropies,
+            "unknown": labels.unknown,
+            "disagreement": expit(own_doubts(by_id(drawn, "semantic_ids"), ids)),
+        }
         write_shard(stage.url, shard_name(0), make_table(columns, LABELS), {})
         return {
             "threshold": labels.threshold,
@@ -85,6 +91,7 @@ def probe(campaign: Campaign, round_index: int) -> None:
             layers_of(extracted),
             config.probe,
             row_seed(config.seed, round_index, "probe", ""),
+            targets=np.array([row_of[question_id]["disagreement"] for question_id in ids]),
         )
         with tempfile.TemporaryDirectory() as folder:
             fitted.save(folder)
@@ -220,10 +227,12 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
     config = campaign.config
     base = campaign.stage("extract", 0)
     labels = {
-        row["question_id"]: (row["unknown"], row["probe_split"])
+        row["question_id"]: (row["unknown"], row["probe_split"], row["disagreement"])
         for row in campaign.stage("label", 0).table().to_pylist()
     }
-    wrong = {question_id: (is_wrong, "train") for question_id, is_wrong in answered_wrongly(graded).items()}
+    wrong = {
+        question_id: (is_wrong, "train", float(is_wrong)) for question_id, is_wrong in answered_wrongly(graded).items()
+    }
     layer = campaign.stage("probe", 0).require().metrics["layer"]
     ids, states = states_of(base, [*labels, *wrong], layer)
     known = labels | wrong
@@ -234,6 +243,7 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
         [layer],
         config.probe,
         row_seed(config.seed, round_index, "feedback", ""),
+        targets=np.array([known[question_id][2] for question_id in ids]),
     )
 
 

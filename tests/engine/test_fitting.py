@@ -33,7 +33,13 @@ def write_round(run: RunDirectory, index: int, states: np.ndarray, layer: int | 
     """Label, extract and probe of a round whose states are (N, L, D); known and unknown differ in dimension 0."""
     unknown = np.arange(NUM) % 2 == 0
     label = run.stage("label", index)
-    columns = {"question_id": IDS, "probe_split": SPLITS, "semantic_entropy": unknown * 1.0, "unknown": unknown}
+    columns = {
+        "question_id": IDS,
+        "probe_split": SPLITS,
+        "semantic_entropy": unknown * 1.0,
+        "unknown": unknown,
+        "disagreement": unknown * 0.5,
+    }
     write_shard(label.url, shard_name(0), pa.table(columns).cast(LABELS), {})
     commit(label, {})
     extract = run.stage("extract", index)

@@ -34,9 +34,17 @@ def planted(seed: int = 0, strength: float = 2.0, num_rows: int = len(SPLIT)) ->
     return states.astype(np.float32), unknown
 
 
-def fit(states: np.ndarray, unknown: np.ndarray, split: np.ndarray = SPLIT, seed: int = 0, **config: Any) -> Probe:
+def fit(
+    states: np.ndarray,
+    unknown: np.ndarray,
+    split: np.ndarray = SPLIT,
+    seed: int = 0,
+    targets: np.ndarray | None = None,
+    **config: Any,
+) -> Probe:
     config = {"device": "cpu", "num_bootstrap": 50, "swiglu_hidden": 32} | config
-    return fit_probe(states, unknown, split.tolist(), LAYERS[: states.shape[1]], ProbeConfig(**config), seed)
+    layers = LAYERS[: states.shape[1]]
+    return fit_probe(states, unknown, split.tolist(), layers, ProbeConfig(**config), seed, targets=targets)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -257,6 +265,30 @@ def test_states_that_are_not_finite_are_refused_by_row() -> None:
     states[17, 1, 3] = np.nan
     with pytest.raises(ValueError, match="17"):
         fit(states, unknown)
+
+
+def test_trained_for_how_far_answers_disagree_it_ranks_within_the_known_too() -> None:
+    rng = np.random.default_rng(0)
+    far = np.linspace(0.05, 0.95, len(SPLIT))[rng.permutation(len(SPLIT))]
+    states = rng.normal(size=(len(SPLIT), 1, 8)).astype(np.float32)
+    unknown = far > 0.5
+    # The label shows in one direction; how far a question is from the threshold, in another.
+    states[:, 0, 0] += 3 * np.where(unknown, 1, -1)
+    states[:, 0, 1] += 6 * (far - 0.5)
+    known_test_rows = (SPLIT == "test") & ~unknown
+
+    def order(targets: np.ndarray | None) -> float:
+        probe = fit(states, unknown, targets=targets, kind="linear", num_epochs=40)
+        return float(np.corrcoef(probe.predict_logit(states)[known_test_rows], far[known_test_rows])[0, 1])
+
+    assert order(far) > order(None) + 0.05
+
+
+def test_a_target_that_is_missing_is_the_rows_label() -> None:
+    states, unknown = planted()
+    of_labels = fit(states, unknown).predict(states)
+    missing = fit(states, unknown, targets=np.full(len(SPLIT), np.nan))
+    assert (missing.predict(states) == of_labels).all()
 
 
 def test_rows_of_weight_zero_are_as_good_as_absent() -> None:
