@@ -14,7 +14,12 @@ from ka2l.equivalence import Equivalence, cluster_answers, grade_answers
 from ka2l.prompts import encode_messages
 from ka2l.records import CLUSTERS
 from ka2l.sampling import Request, Sampler
-from ka2l.semantic_entropy import discrete_semantic_entropy, predictive_entropy, weighted_semantic_entropy
+from ka2l.semantic_entropy import (
+    disagreement,
+    discrete_semantic_entropy,
+    predictive_entropy,
+    weighted_semantic_entropy,
+)
 
 
 class ScorerHost:
@@ -112,6 +117,7 @@ def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> di
         "semantic_entropy": discrete_semantic_entropy(ids),
         "weighted_semantic_entropy": weighted_semantic_entropy(ids, logprobs, answers),
         "predictive_entropy": predictive_entropy(logprobs),
+        "disagreement": disagreement(ids, logprobs, answers),
         "top_answer": answers[list(ids).index(largest)],
     }
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lab import Lab, doubt_of
+from lab import Lab
 from scipy.special import expit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
@@ -38,7 +38,7 @@ from ka2l.labels import label_questions
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.probe import fit_probe
 from ka2l.seeds import row_seed
-from ka2l.semantic_entropy import discrete_semantic_entropy
+from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
 
 BUDGET = 0.25
 NUM_ROUNDS = 3
@@ -131,14 +131,21 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
     ids, seeds = lab.ids("candidate"), lab.ids("seed")
     file = adapter.parent / "logits.npy"
     if not file.exists():
-        answers = [[made.answer for made in row] for row in lab.sample(seeds, adapter)]
+        drawn = lab.sample(seeds, adapter)
+        answers = [[made.answer for made in row] for row in drawn]
         clusters = lab.grouped(seeds, answers)
         splits = [lab.probe_splits[name] for name in seeds]
         labels = label_questions(seeds, np.array([discrete_semantic_entropy(found) for found in clusters]), splits)
         states = lab.extract([*seeds, *ids], adapter)
         layers = range(states.shape[1])
         seed = row_seed(lab.seed, 1, "probe", "")
-        of_seeds, targets = states[: len(seeds)], expit(doubt_of(clusters))
+        targets = np.array(
+            [
+                disagreement(ids, [made.logprob for made in row], texts)
+                for ids, row, texts in zip(clusters, drawn, answers, strict=True)
+            ]
+        )
+        of_seeds = states[: len(seeds)]
         fitted = fit_probe(of_seeds, labels.unknown, splits, layers, lab.config.probe, seed, targets=targets)
         np.save(file, fitted.predict_logit(states[len(seeds) :]))
     return np.load(file)

@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from arms import WITHOUT_DECODER
-from scipy.special import expit
+from scipy.special import expit, logit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.cli import cache_dir
 from engine.config import load_config
 from ka2l.equivalence import LexicalEquivalence, cluster_answers, grade_answers
-from ka2l.evidence import combine, doubt
+from ka2l.evidence import combine
 from ka2l.hidden_states import HiddenStateExtractor
 from ka2l.labels import Labels, label_questions, split_seed_questions
 from ka2l.models import ModelConfig, load_tokenizer
@@ -33,6 +33,7 @@ from ka2l.prompts import Prompter
 from ka2l.sampling import Generation, Request, TransformersSampler
 from ka2l.seeds import row_seed
 from ka2l.semantic_entropy import (
+    disagreement,
     discrete_semantic_entropy,
     mean_token_log_likelihood,
     predictive_entropy,
@@ -41,12 +42,6 @@ from ka2l.semantic_entropy import (
 from ka2l.testbed import cached_testbed
 from ka2l.tuning import training_rows, tune
 from ka2l.tuning_config import TuningConfig
-
-
-def doubt_of(clusters: Sequence[Sequence[int]]) -> np.ndarray:
-    """Log-odds of disagreeing with oneself, from the cluster of each answer; shape (n,)."""
-    agreeing = np.array([max(map(ids.count, set(ids))) for ids in clusters])
-    return doubt(agreeing, np.array([len(ids) for ids in clusters]))
 
 
 class Observed(NamedTuple):
@@ -235,7 +230,9 @@ class Lab:
 
     def own_doubt(self, names: Sequence[str], num_samples: int | None = None) -> np.ndarray:
         """Log-odds that the base model disagrees with itself, shape (n,)."""
-        return doubt_of(self.clusters(names, num_samples))
+        most = num_samples or self.num_samples
+        drawn = zip(self.clusters(names, most), (self.observed[name] for name in names), strict=True)
+        return logit([disagreement(ids, seen.logprobs[:most], seen.answers[:most]) for ids, seen in drawn])
 
     def evidence(self, names: Sequence[str]) -> np.ndarray:
         """What the engine ranks candidates by in its first round, shape (n,): the probe, and the disagreement of the

@@ -124,6 +124,7 @@ def clusters(campaign: Any) -> None:
             "semantic_entropy": pa.array((2.3 * doubt).astype(np.float32)),
             "weighted_semantic_entropy": zeros,
             "predictive_entropy": zeros,
+            "disagreement": pa.array(doubt.astype(np.float32)),
             "top_answer": pa.array(["an answer"] * num),
             "correct": pc.if_else(is_eval, pa.array(doubt < 0.5), None),
             "exact_match": pc.if_else(is_eval, pa.array(doubt < 0.5), None),

@@ -74,15 +74,12 @@ def prompts_of(spec: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
 
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """One vLLM session, a prefill-only forward, clusters by representatives, all layers' probes at once."""
-    from scipy.special import expit
-
     from actors.sampler import VLLMSampler
-    from ka2l.evidence import doubt
     from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
     from ka2l.labels import LabelsConfig, label_questions, split_seed_questions
     from ka2l.probe import ProbeConfig, fit_probe
     from ka2l.sampling import Request
-    from ka2l.semantic_entropy import discrete_semantic_entropy
+    from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
 
     clock, out = Clock(), Path(spec["out"])
     ids = [row["id"] for row in spec["questions"]]
@@ -96,7 +93,8 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     with clock.stage("sample"):
         prompts = prompts_of(spec)[1]
         wanted = [Request(p, spec["num_samples"], 1.0, s) for p, s in zip(prompts, seeds(spec), strict=True)]
-        samples = [[made.answer for made in row] for row in sampler.generate(wanted)]
+        drawn = sampler.generate(wanted)
+        samples = [[made.answer for made in row] for row in drawn]
     with clock.stage("low_temperature"):
         greedy = [row[0].answer for row in sampler.generate([Request(prompt, 1, 0.0, 0) for prompt in prompts])]
     with clock.stage("states_start"):
@@ -112,8 +110,8 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         splits = split_seed_questions(ids, [row["group"] for row in spec["questions"]], LabelsConfig(), 0)
         labels = label_questions(ids, entropies, splits)
     with clock.stage("probe"):
-        agreeing = np.array([max(map(found.count, set(found))) for found in clusters.ids])
-        targets = expit(doubt(agreeing, np.array([len(found) for found in clusters.ids])))
+        logprobs = [[made.logprob for made in row] for row in drawn]
+        targets = np.array([disagreement(*row) for row in zip(clusters.ids, logprobs, samples, strict=True)])
         probe = fit_probe(states, labels.unknown, splits, extractor.layers, ProbeConfig(), 0, targets=targets)
     np.savez(out, states=states, entropies=entropies)
     made = {"samples": samples, "greedy": greedy, "clusters": clusters.ids}

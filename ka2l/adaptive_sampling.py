@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from ka2l.normalise import surface_key
-from ka2l.semantic_entropy import log_masses
+from ka2l.semantic_entropy import expected_shares
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +36,6 @@ CONCENTRATIONS = (0.002, 0.01, 0.03, 0.1, 0.3, 1.0)
 FIRST, WAVE = 3, 2
 #: Standard deviation of the entropy's posterior, nats, below which it is settled.
 TOLERANCE = 0.55
-#: So many draws the model's own probabilities of its answers are worth.
-LIKELIHOOD_DRAWS = 3.0
 
 
 class EntropyPosterior(NamedTuple):
@@ -72,38 +70,15 @@ def is_settled(answers: Sequence[str]) -> bool:
 
 
 def expected_entropy(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]) -> float:
-    """Semantic entropy, nats, of a question whose answers were drawn until it was settled.
+    """Semantic entropy, nats, of a question whose answers were drawn until it was settled: that of `expected_shares`,
+    with what was not drawn spread evenly over `NUM_MEANINGS`.
 
-    Of n answers, T distinct texts in C clusters, n_c are in cluster c, and the model gives the texts there the
-    probability m_c in all. These count as s = `LIKELIHOOD_DRAWS` more draws: p_c = (n_c + s m_c) / (n + s). What is
-    left, u = 1 - sum m, is of texts that were not drawn. As many of those as of the drawn ones, C / T, are taken for
-    new meanings, spread evenly over `NUM_MEANINGS`, and the others for what was said already, by n_c / n: so a long
-    answer, which is hardly ever worded twice, is no doubt. Comparable between questions with different numbers of
-    answers, which the entropy of the counts is not.
-
-    Args:
-        ids: cluster of each answer.
-        logprobs: each answer's sequence log-probability, nats; where not finite, its probability counts as not known.
-        answers: the texts.
-
-    Raises:
-        ValueError: there are no answers, or the three differ in length.
+    Comparable between questions with different numbers of answers, which the entropy of the counts is not. Arguments
+    and errors as of `expected_shares`.
     """
-    if not ids:
-        raise ValueError("the semantic entropy of no answers")
-    likelihood = {cluster: math.exp(mass) for cluster, mass in log_masses(ids, logprobs, answers).items()}
-    # Texts that were cut off at a limit, or logged after rounding, may come to a little more than 1.
-    whole = max(1.0, math.fsum(likelihood.values()))
-    num_draws = len(ids) + LIKELIHOOD_DRAWS
-    counts = Counter(ids)
-    left = 1.0 - math.fsum(likelihood.values()) / whole
-    new = len(counts) / len(set(zip(ids, answers, strict=True)))
-    terms = []
-    for cluster, count in counts.items():
-        own = likelihood.get(cluster, 0.0) / whole + left * (1 - new) * count / len(ids)
-        share = (count + LIKELIHOOD_DRAWS * own) / num_draws
-        terms.append(-share * math.log(share))
-    if (unseen := LIKELIHOOD_DRAWS * left * new / num_draws) > 0:
+    shares, unseen = expected_shares(ids, logprobs, answers)
+    terms = [-share * math.log(share) for share in shares.values()]
+    if unseen > 0:
         terms.append(-unseen * math.log(unseen / NUM_MEANINGS))
     return max(0.0, math.fsum(sorted(terms)))
 

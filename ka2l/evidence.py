@@ -12,27 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.special import logit
+
+from ka2l.semantic_entropy import disagreement_bounds
 
 #: Log-odds beyond this are artefacts of calibration on a small validation split, not knowledge.
 _MAX_LOGIT = 6.0
 #: Of all later states together, beside 1 for the base model's probe: they have learnt to be sure.
 _LATER_WEIGHT = 0.5
 #: Of the base model's own answers: they are what its probe predicts.
-_DOUBT_WEIGHT = 2.0
-
-
-def doubt(num_agreeing: np.ndarray, num_answers: np.ndarray) -> np.ndarray:
-    """Log-odds that the most frequent of some sampled answers is wrong, were a model right as often as it agrees.
-
-    Args:
-        num_agreeing: answers in the largest cluster, shape (num_questions,).
-        num_answers: answers in all, shape (num_questions,).
-
-    Returns:
-        ln((n - k + 1/2) / (k + 1/2)), shape (num_questions,); NaN, no evidence, where fewer than two were sampled.
-    """
-    odds = (num_answers - num_agreeing + 0.5) / (num_agreeing + 0.5)
-    return np.where(num_answers < 2, np.nan, np.log(odds))
+_DOUBT_WEIGHT = 4.0
 
 
 def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndarray:
@@ -42,25 +31,25 @@ def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndar
     sampled would seldom be ahead of one that was not.
 
     Args:
-        own_doubt: as by `doubt`, shape (num_questions,); NaN where not sampled.
+        own_doubt: log-odds of disagreeing with itself, shape (num_questions,); NaN where not sampled.
         base: calibrated log-odds under the base model, shape (num_questions,).
         num_answers: drawn of each question that was sampled.
 
     Returns:
         Shape (num_questions,), without NaN.
     """
-    answers = np.array([num_answers, num_answers])
-    least, most = doubt(np.array([num_answers, 1]), answers)
+    least, most = logit(disagreement_bounds(num_answers))
     return np.where(np.isnan(own_doubt), np.clip(base, least, most), own_doubt)
 
 
 def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.ndarray | None = None) -> np.ndarray:
-    """Weighted mean log-odds of unknown: 1 the base model's probe, 2 its own doubt, 1/2 the probes of later states.
+    """Weighted mean log-odds of unknown: 1 the base model's probe, 4 its own doubt, 1/2 the probes of later states.
 
     Args:
         base: calibrated log-odds under the base model, shape (num_questions,).
         later: the same under each later state.
-        own_doubt: of the base model, as by `doubt`; NaN where it is not known.
+        own_doubt: log-odds that the base model disagrees with itself (`ka2l.semantic_entropy.disagreement`); NaN where
+            it was not sampled.
 
     Returns:
         Shape (num_questions,).

@@ -83,6 +83,7 @@ CLUSTERS = pa.schema(
         _field("semantic_entropy", pa.float32(), "discrete semantic entropy, nats"),
         _field("weighted_semantic_entropy", pa.float32(), "likelihood-weighted semantic entropy, nats"),
         _field("predictive_entropy", pa.float32(), "minus the mean sequence log-probability, nats"),
+        _field("disagreement", pa.float32(), "probability of another meaning than the likeliest; null for one", True),
         _field("top_answer", pa.string(), "representative of the largest cluster; the greedy answer for eval"),
         _field("correct", pa.bool_(), "top_answer is equivalent to an accepted one; null where none is revealed", True),
         _field("exact_match", pa.bool_(), "normalised text equals a reference; null as above", True),
@@ -97,7 +98,7 @@ LABELS = pa.schema(
         _field("probe_split", pa.string(), "one of PROBE_SPLITS"),
         _field("semantic_entropy", pa.float32(), "nats"),
         _field("unknown", pa.bool_(), "entropy at or above the threshold fitted on the train split"),
-        _field("disagreement", pa.float32(), "probability of another answer than the most frequent one"),
+        _field("disagreement", pa.float32(), "probability of another meaning than the likeliest; null for one", True),
     ]
 )
 

@@ -10,6 +10,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+#: So many draws the model's own probabilities of its answers are worth in `expected_shares`.
+LIKELIHOOD_DRAWS = 10.0
+
 
 def discrete_semantic_entropy(ids: Sequence[int]) -> float:
     """H = -sum_c p_c ln p_c with p_c = |c| / N, from 0 (one cluster) to ln N (no two answers alike).
@@ -64,6 +67,63 @@ def log_masses(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[
     for (cluster, _), logprob in sequences.items():
         clusters.setdefault(cluster, []).append(logprob)
     return {cluster: _log_sum_exp(members) for cluster, members in clusters.items()}
+
+
+def expected_shares(
+    ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]
+) -> tuple[dict[int, float], float]:
+    """Probabilities of meanings, from how often each came up and from how likely the model holds what it said.
+
+    Of n answers, T distinct texts in C clusters, n_c are in cluster c, and the model gives the texts there the
+    probability m_c in all. These count as s = `LIKELIHOOD_DRAWS` more draws: p_c = (n_c + s m_c) / (n + s). What is
+    left, u = 1 - sum m, is of texts that were not drawn. As many of those as of the drawn ones, C / T, are taken for
+    new meanings, and the others for what was said already, by n_c / n: so a long answer, which is hardly ever worded
+    twice, is no doubt.
+
+    Args:
+        ids: cluster of each answer.
+        logprobs: each answer's sequence log-probability, nats; where not finite, its probability counts as not known.
+        answers: the texts.
+
+    Returns:
+        The probability of each cluster, and that of a meaning which was not drawn; together 1.
+
+    Raises:
+        ValueError: there are no answers, or the three differ in length.
+    """
+    if not ids:
+        raise ValueError("the meanings of no answers")
+    likelihood = {cluster: math.exp(mass) for cluster, mass in log_masses(ids, logprobs, answers).items()}
+    # Texts that were cut off at a limit, or logged after rounding, may come to a little more than 1.
+    whole = max(1.0, math.fsum(likelihood.values()))
+    num_draws = len(ids) + LIKELIHOOD_DRAWS
+    counts = Counter(ids)
+    left = 1.0 - math.fsum(likelihood.values()) / whole
+    new = len(counts) / len(set(zip(ids, answers, strict=True)))
+    shares = {}
+    for cluster, count in counts.items():
+        own = likelihood.get(cluster, 0.0) / whole + left * (1 - new) * count / len(ids)
+        shares[cluster] = (count + LIKELIHOOD_DRAWS * own) / num_draws
+    return shares, LIKELIHOOD_DRAWS * left * new / num_draws
+
+
+def disagreement(ids: Sequence[int], logprobs: Sequence[float], answers: Sequence[str]) -> float | None:
+    """Probability of another meaning than the likeliest one, half a draw kept for either side; None for one answer,
+    which cannot disagree. Arguments as of `expected_shares`."""
+    if len(ids) < 2:
+        return None
+    shares, _ = expected_shares(ids, logprobs, answers)
+    return _smoothed(max(shares.values()), len(ids))
+
+
+def disagreement_bounds(num_answers: int) -> tuple[float, float]:
+    """Least and most of `disagreement` for so many answers: all the same and certain, all different and unlikely."""
+    return _smoothed(1.0, num_answers), _smoothed(1.0 / (num_answers + LIKELIHOOD_DRAWS), num_answers)
+
+
+def _smoothed(share: float, num_answers: int) -> float:
+    num_draws = num_answers + LIKELIHOOD_DRAWS
+    return ((1.0 - share) * num_draws + 0.5) / (num_draws + 1.0)
 
 
 def predictive_entropy(logprobs: Sequence[float]) -> float:

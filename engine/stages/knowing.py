@@ -46,8 +46,8 @@ def label(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         group_of = by_id(questions.table(["question_id", "group"], pc.field("split") == "seed"), "group")
-        drawn = clusters.table(["question_id", "semantic_entropy", "semantic_ids"], pc.field("purpose") == "probe")
-        entropy_of = by_id(drawn, "semantic_entropy")
+        drawn = clusters.table(["question_id", "semantic_entropy", "disagreement"], pc.field("purpose") == "probe")
+        entropy_of, disagreement_of = by_id(drawn, "semantic_entropy"), by_id(drawn, "disagreement")
         ids = sorted(question_id for question_id in group_of if question_id in entropy_of)
         entropies = np.array([entropy_of[question_id] for question_id in ids])
         splits = split_seed_questions(
@@ -59,7 +59,7 @@ def label(campaign: Campaign, round_index: int) -> None:
             "probe_split": splits,
             "semantic_entropy": entropies,
             "unknown": labels.unknown,
-            "disagreement": expit(own_doubts(by_id(drawn, "semantic_ids"), ids)),
+            "disagreement": [disagreement_of[question_id] for question_id in ids],
         }
         write_shard(stage.url, shard_name(0), make_table(columns, LABELS), {})
         return {
@@ -91,7 +91,7 @@ def probe(campaign: Campaign, round_index: int) -> None:
             layers_of(extracted),
             config.probe,
             row_seed(config.seed, round_index, "probe", ""),
-            targets=np.array([row_of[question_id]["disagreement"] for question_id in ids]),
+            targets=np.array([row_of[question_id]["disagreement"] for question_id in ids], dtype=np.float64),
         )
         with tempfile.TemporaryDirectory() as folder:
             fitted.save(folder)
@@ -159,7 +159,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     first += graded
     num_own = campaign.config.tuning.num_own_answers
 
-    def doubts(ids: list[str], logits: np.ndarray, sampled: Mapping[str, Sequence[int]]) -> np.ndarray | None:
+    def doubts(ids: list[str], logits: np.ndarray, sampled: Mapping[str, float | None]) -> np.ndarray | None:
         return filled(own_doubts(sampled, ids), logits, num_own) if graded and num_own > 1 else None
 
     def work(stage: Stage) -> Outcome:
@@ -175,9 +175,9 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
             states = stored_states(table, len(layers))
             logits = fitted.predict_logit(states)
             ids = table["question_id"].to_pylist()
-            sampled: Mapping[str, Sequence[int]] = {}
+            sampled: Mapping[str, float | None] = {}
             if graded:
-                sampled = by_id(read_shard(graded[0].url, name, ["question_id", "semantic_ids"]), "semantic_ids")
+                sampled = by_id(read_shard(graded[0].url, name, ["question_id", "disagreement"]), "disagreement")
             score = combine(logits, own_doubt=doubts(ids, logits, sampled))
             p_wrong: Any = pa.nulls(table.num_rows)
             quadrant: Any = p_wrong
@@ -243,7 +243,7 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
         [layer],
         config.probe,
         row_seed(config.seed, round_index, "feedback", ""),
-        targets=np.array([known[question_id][2] for question_id in ids]),
+        targets=np.array([known[question_id][2] for question_id in ids], dtype=np.float64),
     )
 
 

@@ -71,6 +71,7 @@ def _clusters(index: int) -> list[dict[str, Any]]:
         "num_clusters": 1,
         "weighted_semantic_entropy": 0.0,
         "predictive_entropy": 0.0,
+        "disagreement": None,
         "exact_match": None,
         "token_f1": None,
     }

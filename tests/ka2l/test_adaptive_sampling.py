@@ -190,7 +190,7 @@ def test_more_answers_that_agree_leave_less() -> None:
 def test_with_many_answers_their_counts_alone_decide() -> None:
     ids = [0] * 500 + [1] * 500
     unlikely = expected_entropy(ids, [-9.0] * 1000, [f"answer {name}" for name in ids])
-    assert unlikely == pytest.approx(math.log(2), abs=0.05)
+    assert unlikely == pytest.approx(math.log(2), abs=0.1)
 
 
 def test_a_text_drawn_twice_has_its_probability_once_and_wordings_of_a_meaning_add_up() -> None:

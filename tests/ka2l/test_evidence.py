@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
+from scipy.special import logit
 
-from ka2l.evidence import combine, doubt, filled
+from ka2l.evidence import combine, filled
+from ka2l.semantic_entropy import disagreement_bounds
 
 
 def test_the_base_model_alone_is_its_own_evidence() -> None:
@@ -29,32 +29,24 @@ def test_no_expert_can_outvote_all_others_by_an_extreme() -> None:
     assert score[0] < score[1]
 
 
-def test_own_doubt_weighs_twice_as_much_as_the_probe_that_predicts_it() -> None:
-    assert combine(np.array([2.0, -3.0]), own_doubt=np.array([-1.0, 0.0])) == pytest.approx([0.0, -1.0])
+def test_own_doubt_weighs_four_times_as_much_as_the_probe_that_predicts_it() -> None:
+    assert combine(np.array([2.0, -3.0]), own_doubt=np.array([-1.0, 0.5])) == pytest.approx([-0.4, -0.2])
 
 
 def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None:
     later = [np.array([1.0, 1.0])]
     score = combine(np.array([2.0, 2.0]), later, np.array([np.nan, 0.0]))
-    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 2 * 0) / 3.5])
-
-
-def test_doubt_is_the_log_odds_of_disagreeing_with_oneself() -> None:
-    found = doubt(np.array([10, 5, 1]), np.array([10, 10, 10]))
-    assert found == pytest.approx([math.log(0.5 / 10.5), 0.0, math.log(9.5 / 1.5)])
+    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 4 * 0) / 5.5])
 
 
 def test_what_was_not_sampled_gets_the_doubt_that_its_probe_foretells_as_far_as_answers_can_show_it() -> None:
-    sampled = doubt(np.array([10, 1]), np.array([10, 10]))
-    found = filled(np.array([np.nan, np.nan, np.nan, *sampled]), np.array([-9.0, 0.5, 9.0, 0.0, 0.0]), 10)
-    assert found == pytest.approx([sampled[0], 0.5, sampled[1], *sampled])
+    least, most = logit(disagreement_bounds(10))
+    found = filled(np.array([np.nan, np.nan, np.nan, -0.3]), np.array([-9.0, 0.5, 9.0, 4.0]), 10)
+    assert found == pytest.approx([least, 0.5, most, -0.3])
 
 
 def test_a_sampled_question_of_doubt_is_not_behind_one_that_was_not_sampled() -> None:
     probe = np.array([5.0, 4.9])
-    score = combine(probe, own_doubt=filled(np.array([math.log(9.5 / 1.5), np.nan]), probe, 10))
+    _, most = logit(disagreement_bounds(10))
+    score = combine(probe, own_doubt=filled(np.array([most, np.nan]), probe, 10))
     assert score[0] > score[1]
-
-
-def test_one_answer_or_none_shows_no_doubt() -> None:
-    assert np.isnan(doubt(np.array([0, 1]), np.array([0, 1]))).all()

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 
 from ka2l.equivalence import LexicalEquivalence, cluster_answers
 from ka2l.semantic_entropy import (
+    disagreement,
+    disagreement_bounds,
     discrete_semantic_entropy,
+    expected_shares,
     mean_token_log_likelihood,
     predictive_entropy,
     weighted_semantic_entropy,
@@ -106,3 +109,51 @@ def test_no_answers_are_an_error() -> None:
             score()
     with pytest.raises(ValueError):
         weighted_semantic_entropy([0, 1], [-1.0], ["a", "b"])
+
+
+# --- expected probabilities of meanings -------------------------------------------------------------------------------
+
+
+DRAWN = st.lists(st.tuples(st.integers(0, 4), st.floats(-30, 0), st.integers(0, 3)), min_size=1, max_size=20)
+
+
+@given(DRAWN)
+def test_the_shares_of_what_was_drawn_and_of_what_was_not_come_to_one(drawn: list[tuple[int, float, int]]) -> None:
+    ids, logprobs, wordings = map(list, zip(*drawn, strict=True))
+    texts = [f"meaning {name}, wording {wording}" for name, wording in zip(ids, wordings, strict=True)]
+    shares, unseen = expected_shares(ids, logprobs, texts)
+    assert set(shares) == set(ids)
+    assert min(shares.values()) > 0
+    assert unseen >= 0
+    assert sum(shares.values()) + unseen == pytest.approx(1.0)
+
+
+def test_what_the_model_holds_certain_is_certain_however_few_its_answers() -> None:
+    shares, unseen = expected_shares([0, 0], [0.0, 0.0], ["Paris", "Paris"])
+    assert shares == {0: pytest.approx(1.0)}
+    assert unseen == pytest.approx(0.0)
+
+
+def test_an_answer_that_was_unlikely_leaves_room_for_others() -> None:
+    likely, _ = expected_shares([0, 0, 0], [math.log(0.9)] * 3, ["Paris"] * 3)
+    unlikely, _ = expected_shares([0, 0, 0], [math.log(0.3)] * 3, ["Paris"] * 3)
+    assert likely[0] > unlikely[0] > 0.3
+
+
+def test_long_answers_of_one_meaning_are_no_doubt_though_each_wording_is_unlikely() -> None:
+    texts = [f"It is Paris, as far as I can tell, {place}" for place in range(10)]
+    assert disagreement([0] * 10, [-20.0] * 10, texts) < 0.15
+    assert disagreement(list(range(10)), [-20.0] * 10, texts) > 0.85
+
+
+def test_disagreement_lies_within_what_so_many_answers_can_show() -> None:
+    least, most = disagreement_bounds(5)
+    assert disagreement([0] * 5, [0.0] * 5, ["Paris"] * 5) == pytest.approx(least)
+    assert least < disagreement([0, 1, 2, 3, 4], [-9.0] * 5, list("abcde")) <= most
+    assert disagreement_bounds(10)[0] < least
+
+
+def test_one_answer_cannot_disagree_and_none_have_no_meaning() -> None:
+    assert disagreement([0], [-1.0], ["Paris"]) is None
+    with pytest.raises(ValueError, match="no answers"):
+        expected_shares([], [], [])
