@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from actors.sampler import ObservePlan, SamplerHost
 from ka2l.adapter import load_adapter
+from ka2l.adaptive_sampling import FIRST
 from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer
 from ka2l.prompts import PromptConfig, Prompter
 from ka2l.records import SAMPLES
@@ -400,9 +401,9 @@ def test_seed_questions_whose_answers_agree_are_asked_no_further_and_rehearsal_i
     table, stats, _ = observe([*POOL[:2], POOL[3]], config, num_rehearsal=10)
     rows = table.to_pylist()
     counts = Counter((row["question_id"], row["purpose"]) for row in rows)
-    assert counts == {("s", "probe"): 4, ("c", "rehearsal"): 10, ("l", "probe"): 4}
-    assert [row["sample_index"] for row in rows if row["question_id"] == "s"] == [0, 1, 2, 3]
-    assert stats["tokens_generated"] == 2 * 14
+    assert counts == {("s", "probe"): FIRST, ("c", "rehearsal"): 10, ("l", "probe"): FIRST}
+    assert [row["sample_index"] for row in rows if row["question_id"] == "s"] == list(range(FIRST))
+    assert stats["tokens_generated"] == 2 * (FIRST + 10)
 
 
 def test_a_shard_with_nothing_to_ask_gives_an_empty_table() -> None:
