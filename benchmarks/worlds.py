@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from arms import seeded_parser
 from machine import latest_result, write_result
 
+from ka2l.evidence import DOUBT_WEIGHT
 from ka2l.metrics import json_safe
+from ka2l.semantic_entropy import LIKELIHOOD_DRAWS
 
 if TYPE_CHECKING:
     from lab import Lab
@@ -60,11 +62,12 @@ def measure_worlds(
     several processes, too; with ``--again`` those that are named are measured anew.
 
     Args:
-        settings: what decides the figures beside world and seed.
+        settings: what decides the figures beside world, seed and the method's own constants.
         measure: figures of one lab.
         compare: figures over the seeds of one world.
         lab_options: of `open_lab`.
     """
+    settings = {**settings, "doubt_weight": DOUBT_WEIGHT, "likelihood_draws": LIKELIHOOD_DRAWS}
     parser = seeded_parser(doc, question)
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["people"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the question files")

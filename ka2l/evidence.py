@@ -21,7 +21,7 @@ _MAX_LOGIT = 6.0
 #: Of all later states together, beside 1 for the base model's probe: they have learnt to be sure.
 _LATER_WEIGHT = 0.5
 #: Of the base model's own answers: they are what its probe predicts.
-_DOUBT_WEIGHT = 4.0
+DOUBT_WEIGHT = 4.0
 
 
 def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndarray:
@@ -60,7 +60,7 @@ def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.nd
         weights.append(_LATER_WEIGHT)
     if own_doubt is not None:
         experts.append(own_doubt)
-        weights.append(_DOUBT_WEIGHT)
+        weights.append(DOUBT_WEIGHT)
     logits_en = np.stack([_clip(logits) for logits in experts])
     there_en = ~np.isnan(logits_en)
     weighted = np.where(there_en, logits_en, 0.0) * np.array(weights)[:, None]
