@@ -93,28 +93,26 @@ class ScorerHost:
             [[row["answer"] for row in samples[key]] for key in keys],
             self.equivalence,
         )
-        rows = {key: _uncertainty(samples[key], ids) for key, ids in zip(keys, result.ids, strict=True)}
-        if self.stopped_early:
-            for (question_id, purpose), row in rows.items():
-                if purpose == "probe":
-                    drawn = samples[question_id, purpose]
-                    row["semantic_entropy"] = expected_entropy(
-                        row["semantic_ids"], [made["logprob"] for made in drawn], [made["answer"] for made in drawn]
-                    )
+        rows = {
+            key: _uncertainty(samples[key], ids, stopped_early=self.stopped_early and key[1] == "probe")
+            for key, ids in zip(keys, result.ids, strict=True)
+        }
         return rows, {
             "num_pairs_asked": float(result.num_pairs_asked),
             "num_pairs_full": float(result.num_pairs_full),
         }
 
 
-def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> dict[str, Any]:
+def _uncertainty(samples: Sequence[Mapping[str, Any]], ids: Sequence[int], *, stopped_early: bool) -> dict[str, Any]:
     answers = [row["answer"] for row in samples]
     logprobs = [row["logprob"] for row in samples]
     largest = max(sorted(set(ids)), key=list(ids).count)
     return {
         "semantic_ids": list(ids),
         "num_clusters": len(set(ids)),
-        "semantic_entropy": discrete_semantic_entropy(ids),
+        "semantic_entropy": (
+            expected_entropy(ids, logprobs, answers) if stopped_early else discrete_semantic_entropy(ids)
+        ),
         "weighted_semantic_entropy": weighted_semantic_entropy(ids, logprobs, answers),
         "predictive_entropy": predictive_entropy(logprobs),
         "disagreement": disagreement(ids, logprobs, answers),

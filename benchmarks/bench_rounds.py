@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lab import Lab
-from scipy.special import expit
+from scipy.special import expit, logit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
 
@@ -105,7 +105,7 @@ def evidence(lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarra
     if not arm.base and later:
         return later[-1]
     base = base_logits(lab, asked if arm.feedback else [])
-    return combine(base, list(later), lab.own_doubt(ids) if arm.doubt else None)
+    return combine(base, list(later), logit(lab.disagreement(ids)) if arm.doubt else None)
 
 
 def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
@@ -121,7 +121,7 @@ def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
         [layer],
         lab.config.probe,
         row_seed(lab.seed, 1, "feedback", ""),
-        targets=np.concatenate([expit(lab.own_doubt(seeds)), ~lab.correct(asked)]),
+        targets=np.concatenate([lab.disagreement(seeds), ~lab.correct(asked)]),
     )
     return fitted.predict_logit(states)
 
@@ -139,12 +139,8 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
         states = lab.extract([*seeds, *ids], adapter)
         layers = range(states.shape[1])
         seed = row_seed(lab.seed, 1, "probe", "")
-        targets = np.array(
-            [
-                disagreement(ids, [made.logprob for made in row], texts)
-                for ids, row, texts in zip(clusters, drawn, answers, strict=True)
-            ]
-        )
+        logprobs = [[made.logprob for made in row] for row in drawn]
+        targets = np.array(list(map(disagreement, clusters, logprobs, answers)))
         of_seeds = states[: len(seeds)]
         fitted = fit_probe(of_seeds, labels.unknown, splits, layers, lab.config.probe, seed, targets=targets)
         np.save(file, fitted.predict_logit(states[len(seeds) :]))

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from lab import Lab
-from scipy.special import expit
+from scipy.special import logit
 from worlds import WORLDS, measure_worlds
 
 from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
@@ -65,7 +65,7 @@ def fit(
         chosen,
         lab.config.probe.model_copy(update={"kind": kind}),
         row_seed(lab.seed, 0, "probe", kind),
-        targets=None if num_samples is None else expit(lab.own_doubt(names, num_samples)),
+        targets=None if num_samples is None else lab.disagreement(names, num_samples),
     )
 
 
@@ -114,7 +114,7 @@ def figures(lab: Lab) -> dict[str, Any]:
         "accuracy_probe": score(lab, fit(lab, seeds, ~lab.correct(seeds), "linear"), names),
         "probe_on_labels": score(lab, fit(lab, seeds, labels.unknown, "mlp"), names),
         "probe": score(lab, ours, names),
-        "evidence": combine(score(lab, ours, names), own_doubt=lab.own_doubt(names, NUM_SAMPLES)),
+        "evidence": combine(score(lab, ours, names), own_doubt=logit(lab.disagreement(names, NUM_SAMPLES))),
     }
     return {
         "num_eval": len(names),
@@ -182,29 +182,29 @@ def stop_early(lab: Lab, names: Sequence[str], wrong: np.ndarray, most: int) -> 
     The answers of a question are the first of those that were drawn, as the engine's are.
     """
     ids = lab.clusters(names, most)
-    counts, stopped = [], []
-    for name, found in zip(names, ids, strict=True):
-        answers, logprobs = lab.observed[name].answers[:most], lab.observed[name].logprobs
+    counts = []
+    for name in names:
+        answers = lab.observed[name].answers[:most]
         count = min(FIRST, most)
         while count < most and not is_settled(answers[:count]):
             count = min(most, count + WAVE)
         counts.append(count)
-        stopped.append(expected_entropy(found[:count], logprobs[:count], answers[:count]))
     whole = lab.uncertainty(names, most)["semantic_entropy"]
-    alike = round(float(np.mean(counts)))
-    as_many = np.array(
-        [
-            expected_entropy(found[:alike], lab.observed[name].logprobs[:alike], lab.observed[name].answers[:alike])
-            for name, found in zip(names, ids, strict=True)
-        ]
-    )
+
+    def of_first(nums: Sequence[int]) -> np.ndarray:
+        rows = zip(ids, (lab.observed[name] for name in names), nums, strict=True)
+        return np.array(
+            [expected_entropy(own[:num], seen.logprobs[:num], seen.answers[:num]) for own, seen, num in rows]
+        )
+
+    stopped, as_many = of_first(counts), of_first([round(float(np.mean(counts)))] * len(names))
     return {
         "num_samples": most,
         "share_drawn": np.mean(counts) / most,
-        "auroc": auroc(wrong, np.array(stopped)),
+        "auroc": auroc(wrong, stopped),
         "auroc_all": auroc(wrong, whole),
         "auroc_as_many_each": auroc(wrong, as_many),
-        "difference": difference(wrong, np.array(stopped), whole, lab.seed),
+        "difference": difference(wrong, stopped, whole, lab.seed),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from arms import WITHOUT_DECODER
-from scipy.special import expit, logit
+from scipy.special import logit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.cli import cache_dir
@@ -225,19 +225,19 @@ class Lab:
             range(states.shape[1]),
             self.config.probe,
             row_seed(self.seed, 0, "probe", ""),
-            targets=expit(self.own_doubt(ids)),
+            targets=self.disagreement(ids),
         )
 
-    def own_doubt(self, names: Sequence[str], num_samples: int | None = None) -> np.ndarray:
-        """Log-odds that the base model disagrees with itself, shape (n,)."""
+    def disagreement(self, names: Sequence[str], num_samples: int | None = None) -> np.ndarray:
+        """Probability that the base model disagrees with itself, by its first ``num_samples`` answers, shape (n,)."""
         most = num_samples or self.num_samples
         drawn = zip(self.clusters(names, most), (self.observed[name] for name in names), strict=True)
-        return logit([disagreement(ids, seen.logprobs[:most], seen.answers[:most]) for ids, seen in drawn])
+        return np.array([disagreement(ids, seen.logprobs[:most], seen.answers[:most]) for ids, seen in drawn])
 
     def evidence(self, names: Sequence[str]) -> np.ndarray:
         """What the engine ranks candidates by in its first round, shape (n,): the probe, and the disagreement of the
         samples that are drawn for rehearsal. Log-odds of unknown."""
-        return combine(self.probe.predict_logit(self.states(names)), own_doubt=self.own_doubt(names))
+        return combine(self.probe.predict_logit(self.states(names)), own_doubt=logit(self.disagreement(names)))
 
     # --- tuned models ------------------------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
         labels = label_questions(ids, entropies, splits)
     with clock.stage("probe"):
         logprobs = [[made.logprob for made in row] for row in drawn]
-        targets = np.array([disagreement(*row) for row in zip(clusters.ids, logprobs, samples, strict=True)])
+        targets = np.array(list(map(disagreement, clusters.ids, logprobs, samples)))
         probe = fit_probe(states, labels.unknown, splits, extractor.layers, ProbeConfig(), 0, targets=targets)
     np.savez(out, states=states, entropies=entropies)
     made = {"samples": samples, "greedy": greedy, "clusters": clusters.ids}

@@ -136,10 +136,6 @@ class Campaign:
             return ModelState(self.model, self._local_folder(stage, "adapter"))
         return ModelState(self.model.model_copy(update={"path": self._local_folder(stage, "model"), "revision": None}))
 
-    def has_feedback(self, round_index: int) -> bool:
-        """Whether a round has the stage ``feedback``: all later ones, and the first where own answers are drawn."""
-        return round_index > 0 or (self.config.rounds > 0 and self.config.tuning.num_own_answers > 1)
-
     def adapter_stage(self, round_index: int) -> Stage:
         """The stage that trains a round's model state to its end."""
         return self.stage("compare" if self.config.tuning.compares else "tune", round_index)

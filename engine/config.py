@@ -119,6 +119,10 @@ class RunConfig(Section):
     ray: RayConfig = RayConfig()
     """Where workers live."""
 
+    def has_feedback(self, round_index: int) -> bool:
+        """Whether a round has the stage ``feedback``: all later ones, and the first where own answers are drawn."""
+        return round_index > 0 or (self.rounds > 0 and self.tuning.num_own_answers > 1)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.tuning.adapter.served(self.sampler.kind)  # raises where it is not

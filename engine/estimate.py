@@ -193,7 +193,8 @@ def predict(
     for index in range(config.rounds + 1):
         made += _predict_measuring(config, counts, rates, index)
         wanted = min(config.selection.budget, cap - annotated)
-        made += _predict_feedback(config, counts, rates, index)
+        if config.has_feedback(index):
+            made.append(_predict_feedback(config, counts, rates, index))
         if index == config.rounds or wanted <= 0:
             break
         made += _predict_probing(config, counts, rates, index)
@@ -306,13 +307,10 @@ def _predict_scoring(config: RunConfig, scoring: Scoring, index: int, num: int) 
     return _held(Prediction(index, "perplexity", num, num, tokens_prompt=tokens, seconds=seconds), config)
 
 
-def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> list[Prediction]:
+def _predict_feedback(config: RunConfig, counts: Mapping[str, int], rates: Rates, index: int) -> Prediction:
     """Own answers are grouped once; later they are only graded."""
-    grouped = config.rounds > 0 and config.tuning.num_own_answers > 1
-    if index == 0 and not grouped:
-        return []
     work = round(counts["candidate"] * config.tuning.rehearsal) if index == 0 else 0
-    return [_held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)), config)]
+    return _held(Prediction(index, "feedback", work, seconds=rates.feedback.seconds(work)), config)
 
 
 def _predict_extract(config: RunConfig, rates: Rates, index: int, stage: str, counts: Mapping[str, int]) -> Prediction:

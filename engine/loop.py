@@ -99,7 +99,7 @@ def probe_round(campaign: Campaign, round_index: int) -> None:
     stages.label(campaign, round_index)
     stages.extract(campaign, round_index)
     stages.probe(campaign, round_index)
-    if campaign.has_feedback(round_index):
+    if campaign.config.has_feedback(round_index):
         stages.feedback(campaign, round_index)
     stages.knowledge(campaign, round_index)
     stages.evaluate(campaign, round_index)

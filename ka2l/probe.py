@@ -3,7 +3,7 @@
 All layers are trained at once, each on its own, as one batched matrix product. Weights see the train rows; early
 stopping, the choice of the layer and the calibration see the validation rows; every reported figure is of test rows.
 A label says whether a question is unknown, the disagreement of its answers how far it is: trained on the latter, the
-probe ranks better (`benchmarks/results/uncertainty`); calibrated and measured it is by the former.
+probe ranks better (`benchmarks/bench_uncertainty.py` compares); calibrated and measured it is by the former.
 Sources: KA2L (arXiv 2603.17566) for the task and the SwiGLU probe; semantic entropy probes (Kossen et al. 2024,
 arXiv 2406.15927) for the linear one; Platt 1999 for calibration.
 """

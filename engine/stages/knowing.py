@@ -114,7 +114,7 @@ def feedback(campaign: Campaign, round_index: int) -> None:
     """
     answers = [campaign.stage("annotate", index) for index in range(round_index)]
     questions, own = campaign.stage("questions"), campaign.stage("observe", 0)
-    grouped = round_index > 0 and campaign.has_feedback(round_index - 1)
+    grouped = round_index > 0 and campaign.config.has_feedback(round_index - 1)
     source = ("clusters", campaign.stage("feedback", round_index - 1)) if grouped else ("samples", own)
     config = campaign.config.equivalence
 
@@ -154,7 +154,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
     extracted, probed = campaign.stage("extract", round_index), campaign.stage("probe", round_index)
     base = campaign.stage("extract", 0)
     earlier = [campaign.stage("knowledge", index) for index in range(1, round_index)]
-    graded = [campaign.stage("feedback", round_index)] if campaign.has_feedback(round_index) else []
+    graded = [campaign.stage("feedback", round_index)] if campaign.config.has_feedback(round_index) else []
     first = [campaign.stage("label", 0), base, campaign.stage("probe", 0), *earlier] if round_index else []
     first += graded
     num_own = campaign.config.tuning.num_own_answers
@@ -178,17 +178,17 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
             sampled: Mapping[str, float | None] = {}
             if graded:
                 sampled = by_id(read_shard(graded[0].url, name, ["question_id", "disagreement"]), "disagreement")
-            score = combine(logits, own_doubt=doubts(ids, logits, sampled))
+            base_logits, later = logits, []
             p_wrong: Any = pa.nulls(table.num_rows)
             quadrant: Any = p_wrong
             if round_index:
-                later = [_aligned(read_shard(old.url, name, ["question_id", "logit"]), ids) for old in earlier]
+                before = (read_shard(old.url, name, ["question_id", "logit"]) for old in earlier)
+                later = [*(_aligned(old, ids) for old in before), logits]
                 rows = read_shard(base.url, name)
                 base_ids = rows["question_id"].to_pylist()
                 chosen = stored_states(rows, len(base_layers))[:, base_layers.index(informed.layer)]
                 then = dict(zip(base_ids, informed.predict_logit(chosen), strict=True))
                 base_logits = np.array([then.get(question_id, 0.0) for question_id in ids])
-                score = combine(base_logits, [*later, logits], doubts(ids, base_logits, sampled))
                 judged = second(base_ids, chosen, sampled) if second else {}
                 p_wrong = [judged[question_id].p_wrong if question_id in judged else None for question_id in ids]
                 quadrant = [judged[question_id].quadrant if question_id in judged else None for question_id in ids]
@@ -200,7 +200,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 "quadrant": quadrant,
                 "p_unknown": expit(logits),
                 "logit": logits,
-                "score": score,
+                "score": combine(base_logits, later, doubts(ids, base_logits, sampled)),
                 "pca_0": components[:, 0],
                 "pca_1": components[:, 1],
             }

@@ -52,7 +52,7 @@ def cluster(samples: list[dict], **options: Any) -> tuple[dict[tuple[str, str], 
     return rows, stats
 
 
-def test_where_drawing_stopped_early_the_entropy_does_not_depend_on_how_many_were_drawn() -> None:
+def test_where_drawing_stopped_early_the_entropy_knows_how_likely_the_answers_were() -> None:
     texts = ["Lima", "Oslo", "Rome", "Bonn"]
     few = [sample("seed-1", "probe", i, answer) for i, answer in enumerate(texts)]
     sure = [sample("seed-2", "probe", i, "Lima", logprob=-0.1) for i in range(3)]
@@ -61,6 +61,8 @@ def test_where_drawing_stopped_early_the_entropy_does_not_depend_on_how_many_wer
     expected = expected_entropy(range(4), [row["logprob"] for row in few], texts)
     assert rows["seed-1", "probe"]["semantic_entropy"] == pytest.approx(expected)
     assert rows["seed-1", "probe"]["semantic_entropy"] > math.log(4)
+    certain = expected_entropy([0] * 3, [-0.1] * 3, ["Lima"] * 3)
+    assert rows["seed-2", "probe"]["semantic_entropy"] == pytest.approx(certain)
     assert rows["seed-2", "probe"]["semantic_entropy"] < rows["seed-1", "probe"]["semantic_entropy"]
     assert rows["eval-1", "eval"]["semantic_entropy"] == 0
 

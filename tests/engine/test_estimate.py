@@ -102,6 +102,11 @@ def test_own_answers_are_grouped_in_the_first_round_and_graded_in_later_ones() -
     assert [row.seconds.value for row in grouped] == [2.0 + 1500 * 0.001, 2.0, 2.0, 2.0]
 
 
+@pytest.mark.parametrize("option", ["tuning.rehearsal=0", "tuning.rehearsal_labels=greedy"])
+def test_where_no_own_answers_can_disagree_the_first_round_groups_none(option: str) -> None:
+    assert [row.round_index for row in of("feedback", rows(option))] == [1, 2, 3]
+
+
 REFINING = Refining(
     facts=Pace(exactly(1.0), exactly(0.0)),
     difficulty=Pace(exactly(8.0), exactly(0.01)),
