@@ -204,7 +204,8 @@ def extract_states(
     """States of some texts, in a process of its own.
 
     Returns:
-        A table of ``question`` and ``states``, without texts that cannot be forwarded, and what it took.
+        A table of ``question`` and what ``hidden_states`` holds of it, without texts that cannot be forwarded, and what
+        it took.
 
     Raises:
         KA2LError: as the worker raised it.
@@ -220,4 +221,4 @@ def _extract(make_host: Callable[[], Host], texts: list[str]) -> tuple[pa.Table,
     # The text is its own id here: it comes back beside its state.
     rows = pa.table({"question_id": texts, "question": texts, "split": ["decoded"] * len(texts)})
     table, stats = make_host().process({"questions": rows})
-    return pa.table({"question": table["question_id"], "states": table["states"]}), stats
+    return table.drop_columns(["split"]).rename_columns({"question_id": "question"}), stats

@@ -92,22 +92,25 @@ class ExtractorHost:
         start = time.perf_counter()
         usable = np.ones(len(prompts), dtype=bool)
         try:
-            states = self.extractor.extract(prompts)
+            extracted = self.extractor.extract(prompts)
         except UnusableRowsError as error:
-            states = error.states
+            extracted = error.extracted
             usable[list(error.reasons)] = False
         seconds = time.perf_counter() - start
         kept = questions.filter(pa.array(usable))
-        schema = hidden_states_schema(self.extractor.layers, self.extractor.width, self.config.storage_dtype)
-        flat = pa.array(np.ascontiguousarray(states[usable]).reshape(-1), type=schema.field("states").type.value_type)
-        table = pa.table(
-            {
-                "question_id": kept["question_id"],
-                "split": kept["split"],
-                "states": pa.FixedSizeListArray.from_arrays(flat, schema.field("states").type.list_size),
-            },
-            schema=schema,
+        schema = hidden_states_schema(
+            self.extractor.layers,
+            self.extractor.width,
+            self.config.storage_dtype,
+            next_token=extracted.next_token is not None,
         )
+        columns = {"question_id": kept["question_id"], "split": kept["split"]}
+        for name, values in extracted._asdict().items():
+            if values is not None:
+                type_ = schema.field(name).type
+                flat = pa.array(np.ascontiguousarray(values[usable]).reshape(-1), type=type_.value_type)
+                columns[name] = pa.FixedSizeListArray.from_arrays(flat, type_.list_size)
+        table = pa.table(columns, schema=schema)
         stats = {
             "forward_seconds": seconds,
             "forward_passes": float(table.num_rows),

@@ -15,8 +15,7 @@ For each: wrong answers of the base model among what was annotated, and accuracy
 rounds of a tenth, by ``feedback``, with the accuracy after each and the share of the rest that is predicted
 unknown, and where three rules would have stopped. About 15 minutes a seed and world on two cores.
 
-The weight of the samples' disagreement (`ka2l.evidence`) was chosen by what arms of seed 0 of both worlds of real facts
-found; nothing was chosen on other seeds.
+The weight of the samples' disagreement (`ka2l.evidence`) was chosen on seeds 0 and 1, by AUROC for wrong answers.
 
     python benchmarks/bench_rounds.py --worlds entity_questions popqa people --seeds 0 1 2
 """
@@ -111,9 +110,8 @@ def evidence(lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarra
 def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
     """The base model's probe on every candidate, with ``asked`` as further training rows where there are any."""
     ids, seeds, layer = lab.ids("candidate"), lab.ids("seed"), lab.probe.layer
-    states = lab.states(ids)[:, layer]
     if not asked:
-        return lab.probe.predict_logit(states)
+        return lab.log_odds(ids)
     fitted = fit_probe(
         lab.states([*seeds, *asked])[:, [layer]],
         np.concatenate([lab.labels().unknown, ~lab.correct(asked)]),
@@ -122,8 +120,9 @@ def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
         lab.config.probe,
         row_seed(lab.seed, 1, "feedback", ""),
         targets=np.concatenate([lab.disagreement(seeds), ~lab.correct(asked)]),
+        next_token=lab.next_token([*seeds, *asked]),
     )
-    return fitted.predict_logit(states)
+    return fitted.predict_logit(lab.states(ids)[:, layer], lab.next_token(ids))
 
 
 def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
@@ -136,14 +135,22 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
         clusters = lab.grouped(seeds, answers)
         splits = [lab.probe_splits[name] for name in seeds]
         labels = label_questions(seeds, np.array([discrete_semantic_entropy(found) for found in clusters]), splits)
-        states = lab.extract([*seeds, *ids], adapter)
-        layers = range(states.shape[1])
+        states, next_token = lab.extract([*seeds, *ids], adapter)
+        layers, num = range(states.shape[1]), len(seeds)
         seed = row_seed(lab.seed, 1, "probe", "")
         logprobs = [[made.logprob for made in row] for row in drawn]
         targets = np.array(list(map(disagreement, clusters, logprobs, answers)))
-        of_seeds = states[: len(seeds)]
-        fitted = fit_probe(of_seeds, labels.unknown, splits, layers, lab.config.probe, seed, targets=targets)
-        np.save(file, fitted.predict_logit(states[len(seeds) :]))
+        fitted = fit_probe(
+            states[:num],
+            labels.unknown,
+            splits,
+            layers,
+            lab.config.probe,
+            seed,
+            targets=targets,
+            next_token=next_token[:num],
+        )
+        np.save(file, fitted.predict_logit(states[num:], next_token[num:]))
     return np.load(file)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from lab import Lab
+from scipy.special import expit
 from scipy.stats import ttest_rel
 from worlds import measure_worlds
 
@@ -47,7 +48,7 @@ def candidates_of(lab: Lab) -> Candidates:
     return Candidates(
         question_ids=ids,
         score=lab.evidence(ids),
-        p_unknown=lab.probe.predict(states),
+        p_unknown=expit(lab.log_odds(ids)),
         entropy=doubts["semantic_entropy"],
         states=states,
         predictive_entropy=doubts["predictive_entropy"],

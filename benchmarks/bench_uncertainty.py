@@ -16,7 +16,7 @@ and world on two cores, most of it for training the testbeds' models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from worlds import WORLDS, measure_worlds
 
 from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
 from ka2l.evidence import combine
+from ka2l.hidden_states import NEXT_TOKEN
 from ka2l.labels import split_seed_questions
 from ka2l.metrics import auroc, auroc_with_ci
 from ka2l.p_true import SolvedExample, p_true, p_true_prompt, split_examples
@@ -52,9 +53,14 @@ def fit(
     kind: str,
     layers: Sequence[int] | None = None,
     num_samples: int | None = None,
+    *,
+    certain: bool = False,
 ) -> Probe:
-    """A probe of some kind on seed questions with these labels; trained for how far so many samples disagree where
-    ``num_samples`` is given, as the engine's is."""
+    """A probe of some kind on seed questions with these labels.
+
+    The engine's is trained for how far the samples disagree, so many where ``num_samples`` is given, and is
+    ``certain``: it reads how sure the model is of the first answer token, too.
+    """
     groups = [lab.rows[name].get("group") for name in names]
     states = lab.states(names)
     chosen = list(range(states.shape[1]) if layers is None else layers)
@@ -66,12 +72,13 @@ def fit(
         lab.config.probe.model_copy(update={"kind": kind}),
         row_seed(lab.seed, 0, "probe", kind),
         targets=None if num_samples is None else lab.disagreement(names, num_samples),
+        next_token=lab.next_token(names) if certain else None,
     )
 
 
 def score(lab: Lab, probe: Probe, names: Sequence[str]) -> np.ndarray:
     """The probe's log-odds of unknown, shape (n,)."""
-    return probe.predict_logit(lab.states(names)[:, probe.layer])
+    return probe.predict_logit(lab.states(names)[:, probe.layer], lab.next_token(names))
 
 
 def unknown_later(lab: Lab, names: Sequence[str], threshold: float) -> np.ndarray:
@@ -107,12 +114,17 @@ def figures(lab: Lab) -> dict[str, Any]:
     seeds, names = lab.ids("seed"), lab.ids("eval")
     labels = lab.labels(NUM_SAMPLES)
     targets = {"wrong": ~lab.correct(names), "unknown": unknown_later(lab, names, labels.threshold)}
-    ours = fit(lab, seeds, labels.unknown, "mlp", num_samples=NUM_SAMPLES)
+    ours = fit(lab, seeds, labels.unknown, "mlp", num_samples=NUM_SAMPLES, certain=True)
+    of_states = fit(lab, seeds, labels.unknown, "mlp", num_samples=NUM_SAMPLES)
+    first_token = dict(zip(NEXT_TOKEN, lab.next_token(names).T, strict=True))
     scores = lab.uncertainty(names, NUM_SAMPLES) | {
         "p_true": doubt_by_p_true(lab, names),
         "sep": score(lab, fit(lab, seeds, labels.unknown, "linear"), names),
         "accuracy_probe": score(lab, fit(lab, seeds, ~lab.correct(seeds), "linear"), names),
+        "first_token_entropy": first_token["entropy"],
+        "first_token": -first_token["max_logprob"],
         "probe_on_labels": score(lab, fit(lab, seeds, labels.unknown, "mlp"), names),
+        "probe_of_states": score(lab, of_states, names),
         "probe": score(lab, ours, names),
         "evidence": combine(score(lab, ours, names), own_doubt=logit(lab.disagreement(names, NUM_SAMPLES))),
     }
@@ -128,7 +140,7 @@ def figures(lab: Lab) -> dict[str, Any]:
             target: difference(truth, scores["probe"], scores["semantic_entropy"], lab.seed)
             for target, truth in targets.items()
         },
-        "by_layer": by_layer(lab, ours, targets["wrong"]),
+        "by_layer": by_layer(lab, of_states, targets["wrong"]),
         "components": components(lab, ours, names, targets["unknown"]),
         "by_num_samples": by_num_samples(lab, targets["wrong"]),
         "stop_early": [stop_early(lab, names, targets["wrong"], most) for most in (NUM_SAMPLES, NUM_DRAWN)],
@@ -146,7 +158,7 @@ def difference(truth: np.ndarray, one: np.ndarray, other: np.ndarray, seed: int)
 
 
 def by_layer(lab: Lab, probe: Probe, wrong: np.ndarray) -> list[dict[str, Any]]:
-    """The probe of each layer: AUROC for unknown on its own test split, and for wrong answers on eval questions."""
+    """A probe of each layer's states: AUROC for unknown on its own test split, for wrong answers on eval questions."""
     seeds, names = lab.ids("seed"), lab.ids("eval")
     rows = []
     for row in probe.metrics["by_layer"]:
@@ -170,7 +182,7 @@ def by_num_samples(lab: Lab, wrong: np.ndarray) -> list[dict[str, Any]]:
     rows = []
     for count in NUM_SAMPLES_TRIED:
         entropy = lab.uncertainty(names, count)["semantic_entropy"]
-        probe = fit(lab, seeds, lab.labels(count).unknown, "mlp", num_samples=count)
+        probe = fit(lab, seeds, lab.labels(count).unknown, "mlp", num_samples=count, certain=True)
         found = {"semantic_entropy": entropy, "probe": score(lab, probe, names)}
         rows.append({"num_samples": count} | {name: auroc(wrong, values) for name, values in found.items()})
     return rows
@@ -217,7 +229,8 @@ def by_num_seed(lab: Lab, unknown: np.ndarray, wrong: np.ndarray) -> list[dict[s
         found = []
         for _ in range(NUM_SEED_DRAWS):
             chosen = sorted(rng.permutation(len(seeds))[:count].tolist())
-            probe = fit(lab, [seeds[row] for row in chosen], unknown[chosen], "mlp", num_samples=NUM_SAMPLES)
+            names_here = [seeds[row] for row in chosen]
+            probe = fit(lab, names_here, unknown[chosen], "mlp", num_samples=NUM_SAMPLES, certain=True)
             found.append(auroc(wrong, score(lab, probe, names)))
         rows.append({"num_seed": count, "probe": np.mean(found)})
     return rows
@@ -238,14 +251,12 @@ def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
         mine = [name for name, of in zip(names, asked, strict=True) if of == part]
         wrong = ~lab.correct(mine)
         chosen = {"own": source == part, "others": source != part, "all": np.ones(len(seeds), bool)}
-        found: Mapping[str, np.ndarray] = {
-            f"probe_{name}": score(
-                lab,
-                fit(lab, [seeds[row] for row in np.flatnonzero(mask)], unknown[mask], "mlp", num_samples=NUM_SAMPLES),
-                mine,
-            )
-            for name, mask in chosen.items()
-        }
+        found: dict[str, np.ndarray] = {}
+        for name, mask in chosen.items():
+            fitted_on = [seeds[row] for row in np.flatnonzero(mask)]
+            for kind, certain in (("probe", True), ("states", False)):
+                probe = fit(lab, fitted_on, unknown[mask], "mlp", num_samples=NUM_SAMPLES, certain=certain)
+                found[f"{kind}_{name}"] = score(lab, probe, mine)
         found = {**found, "semantic_entropy": lab.uncertainty(mine, NUM_SAMPLES)["semantic_entropy"]}
         rows[part] = {"num_eval": len(mine), "share_wrong": wrong.mean()} | {
             name: list(auroc_with_ci(wrong, values, lab.seed)) for name, values in found.items()

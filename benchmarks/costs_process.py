@@ -164,27 +164,30 @@ def _cluster_work(files: dict[str, Path]) -> None:
 
 
 def extract(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """`ExtractorHost`. Floor: 2 x weights of the layers x tokens, at the measured pace of matrix products."""
+    """`ExtractorHost`. Floor: 2 x weights of the layers x tokens, and of the head x questions, at the measured
+    pace of matrix products."""
     found = []
     for point in spec["points"]:
-        host, num_parameters = _extractor(spec["model"], point["num_layers"])
+        host, layer_weights, head_weights = _extractor(spec["model"], point["num_layers"])
         questions = subset(Path(spec["questions"]), folder / "questions.parquet", point["num_questions"])
         keep = spec["keep"] and point["num_questions"] == spec["largest"]
         target = Path(spec["work"]) / "states.parquet" if keep else folder / "states.parquet"
         stats, cost = measured(lambda h=host, q=questions, t=target: _extract_work(h, q, t))
-        flops = 2 * num_parameters * stats["tokens_prompt"]
+        flops = 2 * (layer_weights * stats["tokens_prompt"] + head_weights * stats["forward_passes"])
         found.append(point | cost | {"floor_s": flops / spec["flop_per_s"]})
     return found
 
 
-def _extractor(model: str, num_layers: int) -> tuple[Any, int]:
+def _extractor(model: str, num_layers: int) -> tuple[Any, int, int]:
+    """The host, and weights of its layers and of its language-model head, which reads one token a question."""
     from actors.extractor import ExtractorHost
     from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
 
     config = ExtractionConfig(layers=list(range(-num_layers, 0)), batch_size=128)
     extractor = HiddenStateExtractor(model, config, dtype="float32")
     weights = sum(p.numel() for name, p in extractor.decoder.named_parameters() if "embed" not in name)
-    return ExtractorHost(extractor, prompter_of(model), config), weights
+    head = extractor.decoder.config.vocab_size * extractor.width
+    return ExtractorHost(extractor, prompter_of(model), config), weights, head
 
 
 def _extract_work(host: Any, questions: Path, target: Path) -> dict[str, float]:

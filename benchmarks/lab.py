@@ -25,7 +25,7 @@ from engine.cli import cache_dir
 from engine.config import load_config
 from ka2l.equivalence import LexicalEquivalence, cluster_answers, grade_answers
 from ka2l.evidence import combine
-from ka2l.hidden_states import HiddenStateExtractor
+from ka2l.hidden_states import Extracted, HiddenStateExtractor
 from ka2l.labels import Labels, label_questions, split_seed_questions
 from ka2l.models import ModelConfig, load_tokenizer
 from ka2l.probe import Probe, fit_probe
@@ -182,14 +182,15 @@ class Lab:
         return np.array([self.observed[name].correct for name in names])
 
     @cached_property
-    def _states(self) -> np.ndarray:
-        file = self.folder / "states.npy"
-        if not file.exists():
-            np.save(file, self.extract(list(self.rows)))
-        return np.load(file)
+    def _extracted(self) -> Extracted:
+        files = [self.folder / f"{name}.npy" for name in Extracted._fields]
+        if not all(file.exists() for file in files):
+            for file, values in zip(files, self.extract(list(self.rows)), strict=True):
+                np.save(file, values)
+        return Extracted(*map(np.load, files))
 
-    def extract(self, names: Sequence[str], adapter: Path | None = None) -> np.ndarray:
-        """Hidden states of questions, shape (n, L, D)."""
+    def extract(self, names: Sequence[str], adapter: Path | None = None) -> Extracted:
+        """What a forward pass tells of questions: states, shape (n, L, D), and certainty of the next token, (n, 3)."""
         path = None if adapter is None else str(adapter)
         extractor = HiddenStateExtractor(str(self.testbed.model), self.config.extraction, dtype="float32", adapter=path)
         self.layers = extractor.layers
@@ -197,8 +198,19 @@ class Lab:
 
     def states(self, names: Sequence[str]) -> np.ndarray:
         """The base model's hidden states, shape (n, L, D)."""
+        return self._extracted.states[self._rows_of(names)]
+
+    def next_token(self, names: Sequence[str]) -> np.ndarray:
+        """The base model's certainty of the first answer token, shape (n, 3)."""
+        return self._extracted.next_token[self._rows_of(names)]
+
+    def _rows_of(self, names: Sequence[str]) -> list[int]:
         row_of = {name: row for row, name in enumerate(self.rows)}
-        return self._states[[row_of[name] for name in names]]
+        return [row_of[name] for name in names]
+
+    def log_odds(self, names: Sequence[str]) -> np.ndarray:
+        """The base model's probe on questions: calibrated log-odds of unknown, shape (n,)."""
+        return self.probe.predict_logit(self.states(names), self.next_token(names))
 
     @cached_property
     def probe_splits(self) -> dict[str, str]:
@@ -226,6 +238,7 @@ class Lab:
             self.config.probe,
             row_seed(self.seed, 0, "probe", ""),
             targets=self.disagreement(ids),
+            next_token=self.next_token(ids),
         )
 
     def disagreement(self, names: Sequence[str], num_samples: int | None = None) -> np.ndarray:
@@ -237,7 +250,7 @@ class Lab:
     def evidence(self, names: Sequence[str]) -> np.ndarray:
         """What the engine ranks candidates by in its first round, shape (n,): the probe, and the disagreement of the
         samples that are drawn for rehearsal. Log-odds of unknown."""
-        return combine(self.probe.predict_logit(self.states(names)), own_doubt=logit(self.disagreement(names)))
+        return combine(self.log_odds(names), own_doubt=logit(self.disagreement(names)))
 
     # --- tuned models ------------------------------------------------------------------------------------------------
 

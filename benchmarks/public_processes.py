@@ -100,7 +100,7 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     with clock.stage("states_start"):
         extractor = HiddenStateExtractor(spec["model"], ExtractionConfig(batch_size=128), dtype="float32")
     with clock.stage("states"):
-        states = extractor.extract(prompts)
+        states, next_token = extractor.extract(prompts)
     with clock.stage("cluster_start"):
         judge = RuledCrossEncoder(spec["cross_encoder"])
     with clock.stage("cluster"):
@@ -112,7 +112,16 @@ def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     with clock.stage("probe"):
         logprobs = [[made.logprob for made in row] for row in drawn]
         targets = np.array(list(map(disagreement, clusters.ids, logprobs, samples)))
-        probe = fit_probe(states, labels.unknown, splits, extractor.layers, ProbeConfig(), 0, targets=targets)
+        probe = fit_probe(
+            states,
+            labels.unknown,
+            splits,
+            extractor.layers,
+            ProbeConfig(),
+            0,
+            targets=targets,
+            next_token=next_token,
+        )
     np.savez(out, states=states, entropies=entropies)
     made = {"samples": samples, "greedy": greedy, "clusters": clusters.ids}
     out.with_suffix(".json").write_text(json.dumps(made, ensure_ascii=False))
@@ -255,7 +264,8 @@ def run_observe(spec: dict[str, Any]) -> dict[str, Any]:
     wanted = [Request(p, spec["num_samples"], 1.0, s) for p, s in zip(prompts, seeds(spec), strict=True)]
     samples = [[made.answer for made in row] for row in sampler.generate(wanted)]
     greedy = [row[0].answer for row in sampler.generate([Request(prompt, 1, 0.0, 0) for prompt in prompts])]
-    states = HiddenStateExtractor(spec["model"], ExtractionConfig(batch_size=128), dtype="float32").extract(prompts)
+    extractor = HiddenStateExtractor(spec["model"], ExtractionConfig(batch_size=128), dtype="float32")
+    states = extractor.extract(prompts).states
     same = LexicalEquivalence()
     entropies = [discrete_semantic_entropy(row) for row in cluster_answers(questions, samples, same).ids]
     grades = grade_answers(questions, greedy, [row["answers"] for row in spec["questions"]], same)

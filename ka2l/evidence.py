@@ -20,8 +20,8 @@ from ka2l.semantic_entropy import disagreement_bounds
 _MAX_LOGIT = 6.0
 #: Of all later states together, beside 1 for the base model's probe: they have learnt to be sure.
 _LATER_WEIGHT = 0.5
-#: Of the base model's own answers: they are what its probe predicts.
-DOUBT_WEIGHT = 4.0
+#: Of the base model's own answers: few of them, but they are what its probe predicts.
+DOUBT_WEIGHT = 1.0
 
 
 def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndarray:
@@ -43,7 +43,7 @@ def filled(own_doubt: np.ndarray, base: np.ndarray, num_answers: int) -> np.ndar
 
 
 def combine(base: np.ndarray, later: Sequence[np.ndarray] = (), own_doubt: np.ndarray | None = None) -> np.ndarray:
-    """Weighted mean log-odds of unknown: 1 the base model's probe, 4 its own doubt, 1/2 the probes of later states.
+    """Weighted mean log-odds of unknown: 1 the base model's probe, 1 its own doubt, 1/2 the probes of later states.
 
     Args:
         base: calibrated log-odds under the base model, shape (num_questions,).

@@ -1,7 +1,8 @@
-"""Pooled hidden states of prompts from a prefill-only forward pass.
+"""Pooled hidden states of prompts from a prefill-only forward pass, and how sure the model is of its next token.
 
-Nothing is generated, no logits are computed, no layer above the deepest wanted one is run, a prefix that all prompts
-share is computed once, and of each layer's output only the pooled vector is kept.
+Nothing is generated, the language-model head reads the last token alone, no layer above the deepest wanted one is run
+where the head is not wanted, a prefix that all prompts share is computed once, and of each layer's output only the
+pooled vector is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+#: What is kept of the distribution of the first answer token: its entropy, the likeliest token's log-probability, and
+#: by how much that is ahead of the second's. All nats.
+NEXT_TOKEN = ("entropy", "max_logprob", "margin")
 #: Shorter common prefixes are not worth a forward pass of their own, tokens.
 MIN_SHARED_PREFIX = 16
 #: Bounds the attention scores of one forward pass where prompts are long, tokens with padding.
@@ -42,6 +46,9 @@ class ExtractionConfig(Section):
     position: Literal["last_token", "mean", "last_and_mean"] = "last_token"
     """The state before the first answer token, the mean over the prompt's tokens, or both, one behind the other: the
     first says best what the model knows, the second what was asked, which a decoder has to read."""
+    next_token: bool = True
+    """Read how sure the model is of the first answer token, too: the probe ranks better with it. The whole model is run
+    for it, whatever ``layers`` says."""
     batch_size: int = 64
     """Prompts in one forward pass, at most."""
     storage_dtype: Literal["float32", "float16"] = "float32"
@@ -72,18 +79,27 @@ class ExtractionConfig(Section):
         return value
 
 
+class Extracted(NamedTuple):
+    """What one forward pass tells of prompts."""
+
+    states: np.ndarray
+    """Pooled hidden states, shape (num_prompts, num_layers, width), of the storage dtype."""
+    next_token: np.ndarray | None
+    """NEXT_TOKEN of each prompt, shape (num_prompts, 3) float32, nats; None where the config does not ask for it."""
+
+
 class UnusableRowsError(ValueError):
-    """Some prompts gave no usable state; the states of all others are in ``states``.
+    """Some prompts gave no usable state; those of all others are in ``extracted``.
 
     Attributes:
         reasons: position in the call -> ``empty`` | ``over_long: ...`` | ``non_finite: ...``.
-        states: what ``extract`` would have returned, with NaN in the rows named in ``reasons``.
+        extracted: what ``extract`` would have returned, with NaN in the rows named in ``reasons``.
     """
 
-    def __init__(self, reasons: dict[int, str], states: np.ndarray) -> None:
-        super().__init__(reasons, states)
+    def __init__(self, reasons: dict[int, str], extracted: Extracted) -> None:
+        super().__init__(reasons, extracted)
         self.reasons = reasons
-        self.states = states
+        self.extracted = extracted
 
     def __str__(self) -> str:
         return "; ".join(f"prompt {index}: {reason}" for index, reason in self.reasons.items())
@@ -131,7 +147,8 @@ class HiddenStateExtractor:
         self.num_tokens = 0
         default_device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(default_device if config.device == "auto" else config.device)
-        self.decoder, self._virtual = _load_decoder(model_path, dtype, adapter, trust_remote_code, self.device)
+        model, self._virtual = _load_model(model_path, dtype, adapter, trust_remote_code, self.device)
+        self.decoder = model.base_model
         self.tokenizer = load_tokenizer(ModelConfig(path=model_path, trust_remote_code=trust_remote_code))
         text_config = self.decoder.config.get_text_config(decoder=True)
         self._width: int = text_config.hidden_size
@@ -145,10 +162,12 @@ class HiddenStateExtractor:
         owner, name, blocks = _find_blocks(self.decoder, text_config.num_hidden_layers)
         self._depth = len(blocks)
         self._layers = _resolve_layers(config.layers, self._depth)
-        # One block stays even if only the embedding output is wanted: its input is where that is read.
-        blocks = blocks[: max(1, self._layers[-1])]
-        setattr(owner, name, blocks)
+        if not config.next_token:
+            # One block stays even if only the embedding output is wanted: its input is where that is read.
+            blocks = blocks[: max(1, self._layers[-1])]
+            setattr(owner, name, blocks)
         self._add_hooks(blocks)
+        self.language_model = model.to(self.device).eval() if config.next_token else None
         self.decoder.to(self.device).eval()
 
     @property
@@ -166,36 +185,39 @@ class HiddenStateExtractor:
         """Length of a pooled state, D: the model's hidden size, or twice that for ``last_and_mean``."""
         return self._width * (2 if self.config.position == "last_and_mean" else 1)
 
-    def extract(self, prompts: Sequence[str | Sequence[int]]) -> np.ndarray:
-        """Pooled states of prompts, in the order given.
+    def extract(self, prompts: Sequence[str | Sequence[int]]) -> Extracted:
+        """Pooled states of prompts and the model's certainty of the next token, in the order given.
 
         Args:
             prompts: texts, or token ids as the sampler uses them (then nothing is added).
 
-        Returns:
-            Shape (num_prompts, num_layers, width) of the storage dtype.
-
         Raises:
-            UnusableRowsError: some prompts are empty, too long or gave NaN or infinity. It carries all other states.
+            UnusableRowsError: some prompts are empty, too long or gave NaN or infinity. It carries all others.
         """
         import numpy as np
 
         rows = [self._token_ids(prompt) for prompt in prompts]
         reasons = {index: reason for index, row in enumerate(rows) if (reason := self._refusal(row))}
         states = np.full((len(rows), self.num_layers, self.width), np.nan, dtype=self.config.storage_dtype)
+        next_token = np.full((len(rows), len(NEXT_TOKEN)), np.nan, dtype=np.float32)
         order = sorted((index for index in range(len(rows)) if index not in reasons), key=lambda i: len(rows[i]))
         for group, may_share in self._rope_groups(order, rows):
             prefix = self._shared_prefix([rows[index] for index in group]) if may_share else None
             for batch in self._batches(group, rows):
                 with np.errstate(over="ignore"):  # float16 overflow becomes infinity and is reported below
-                    states[batch] = self._forward([rows[index] for index in batch], prefix)
+                    states[batch], next_token[batch] = self._forward([rows[index] for index in batch], prefix)
         for index in np.flatnonzero(~np.isfinite(states).all(axis=(1, 2))).tolist():
             layers = [self._layers[i] for i in np.flatnonzero(~np.isfinite(states[index]).all(axis=1))]
             reasons.setdefault(index, f"non_finite: NaN or infinity as {states.dtype} in layers {layers}")
+        if self.config.next_token:
+            for index in np.flatnonzero(~np.isfinite(next_token).all(axis=1)).tolist():
+                reasons.setdefault(index, "non_finite: NaN or infinity in the next token's distribution")
+        states[list(reasons)] = np.nan
+        next_token[list(reasons)] = np.nan
+        extracted = Extracted(states, next_token if self.config.next_token else None)
         if reasons:
-            states[list(reasons)] = np.nan
-            raise UnusableRowsError(dict(sorted(reasons.items())), states)
-        return states
+            raise UnusableRowsError(dict(sorted(reasons.items())), extracted)
+        return extracted
 
     def _token_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if not isinstance(prompt, str):
@@ -253,33 +275,34 @@ class HiddenStateExtractor:
         if len(common) < MIN_SHARED_PREFIX or len(rows) < 2 or not shareable:
             return None
         with torch.inference_mode():
-            sums = self._run([common], cache)[0]
+            sums = self._run([common], cache)[0][0]
         self._prefix = _Prefix(list(common), cache, sums)
         return self._prefix
 
-    def _forward(self, rows: list[list[int]], prefix: _Prefix | None) -> np.ndarray:
-        """States of one batch, shape (num_rows, num_layers, width)."""
+    def _forward(self, rows: list[list[int]], prefix: _Prefix | None) -> tuple[np.ndarray, np.ndarray]:
+        """States of one batch, shape (num_rows, num_layers, width), and NEXT_TOKEN, shape (num_rows, 3)."""
         import torch
 
         with torch.inference_mode():
             if prefix is None:
-                pooled = self._run(rows, self._virtual_cache(len(rows)))
+                pooled, next_token = self._run(rows, self._virtual_cache(len(rows)))
             else:
                 start = len(prefix.token_ids)
-                pooled = self._run([row[start:] for row in rows], expand_cache(prefix.cache, len(rows)))
+                pooled, next_token = self._run([row[start:] for row in rows], expand_cache(prefix.cache, len(rows)))
             if self.config.position != "last_token":
                 sums = pooled[:, :, -self._width :]  # a view: what is done to it is done to ``pooled``
                 if prefix is not None:
                     sums += prefix.sums[:, -self._width :]
                 sums /= torch.tensor([len(row) for row in rows], device=self.device)[:, None, None]
-            return pooled.cpu().numpy()
+            return pooled.cpu().numpy(), next_token.cpu().numpy()
 
     def _virtual_cache(self, num_rows: int) -> DynamicCache | None:
         """Virtual tokens in front of so many rows; None where the adapter has none."""
         return None if self._virtual is None else expand_cache(self._virtual, num_rows)
 
-    def _run(self, rows: list[list[int]], cache: DynamicCache | None) -> torch.Tensor:
-        """One forward pass over ``rows``, which follow what ``cache`` holds. Shape (num_rows, num_layers, width).
+    def _run(self, rows: list[list[int]], cache: DynamicCache | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """One forward pass over ``rows``, which follow what ``cache`` holds: pooled states, shape (num_rows,
+        num_layers, width), and NEXT_TOKEN, shape (num_rows, 3), NaN where it is not wanted.
 
         Rows are padded on the right and need no mask: attention is causal, so no token sees the padding after it,
         positions and sliding windows are those of the row alone, and attention kernels take their fast causal path.
@@ -291,13 +314,15 @@ class HiddenStateExtractor:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         self._pooled = {}
-        output = self.decoder(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
-        if self._layers[-1] == self._depth:
-            self._pooled[self._depth] = self._pool(output.last_hidden_state)
+        reader = self.language_model or self.decoder
+        output = reader(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        next_token = torch.full((len(rows), len(NEXT_TOKEN)), torch.nan)
+        if self.language_model is not None:
+            next_token = next_token_features(output.logits[:, -1])
         self.num_forward_passes += 1
         self.num_tokens += sum(map(len, rows))
         pooled, self._pooled = self._pooled, {}
-        return torch.stack([pooled[layer] for layer in self._layers], dim=1)
+        return torch.stack([pooled[layer] for layer in self._layers], dim=1), next_token
 
     def _pool(self, hidden: torch.Tensor) -> torch.Tensor:
         """(num_rows, num_tokens, hidden size) -> (num_rows, width) float32: last token's state, sum over tokens."""
@@ -312,7 +337,9 @@ class HiddenStateExtractor:
         return sums if self.config.position == "mean" else torch.cat([last, sums], dim=1)
 
     def _add_hooks(self, blocks: nn.ModuleList) -> None:
-        """Let every wanted layer below the top leave its pooled output in ``_pooled``. The top is the normed output."""
+        """Let every wanted layer leave its pooled output in ``_pooled``. The top is the decoder's normed output, of
+        which the language-model head is then given the last token alone."""
+        import torch
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._pooled[0] = self._pool(args[0] if args else kwargs["hidden_states"])
@@ -323,11 +350,31 @@ class HiddenStateExtractor:
 
             return hook
 
+        def top(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            hidden = output.last_hidden_state
+            if self._layers[-1] == self._depth:
+                self._pooled[self._depth] = self._pool(hidden)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            output.last_hidden_state = hidden[rows, self._lengths - 1][:, None]
+            return output
+
+        self.decoder.register_forward_hook(top)
         for layer in self._layers:
             if layer == 0:
                 blocks[0].register_forward_pre_hook(before, with_kwargs=True)
             elif layer < self._depth:
                 blocks[layer - 1].register_forward_hook(after(layer))
+
+
+def next_token_features(logits: torch.Tensor) -> torch.Tensor:
+    """NEXT_TOKEN of distributions over the vocabulary: logits (num_rows, V) to (num_rows, 3) float32, nats."""
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    # A token that is ruled out has a log-probability of minus infinity and adds nothing to the entropy.
+    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
+    first, second = logprobs.topk(2, dim=-1).values.unbind(dim=-1)
+    return torch.stack([entropy, first, first - second], dim=-1)
 
 
 def _common_prefix(rows: Sequence[list[int]]) -> list[int]:
@@ -370,18 +417,17 @@ def _find_blocks(decoder: nn.Module, num_hidden_layers: int) -> tuple[nn.Module,
     )
 
 
-def _load_decoder(
+def _load_model(
     model_path: str, dtype: str, adapter: str | None, trust_remote_code: bool, device: torch.device
 ) -> tuple[Any, DynamicCache | None]:
-    """The model without its language-model head, with the adapter's layers in place or its virtual tokens beside it."""
+    """The causal language model, with the adapter's layers in place or its virtual tokens beside it."""
     model = load_causal_lm(model_path, dtype, trust_remote_code)
     if adapter is None:
-        return model.base_model, None
+        return model, None
     if is_prompt_adapter(adapter):  # read before the layers above the deepest wanted one are cut off
-        base, virtual = split_state(load_adapter(model, adapter).to(device).eval())
-        return base.base_model, virtual
+        return split_state(load_adapter(model, adapter).to(device).eval())
     _add_adapter(model, adapter)
-    return model.base_model, None
+    return model, None
 
 
 def _add_adapter(model: PreTrainedModel, adapter: str) -> None:

@@ -1,9 +1,10 @@
-"""The probe: hidden states of a question -> probability that the model does not know the answer.
+"""The probe: one forward pass over a question -> probability that the model does not know the answer.
 
 All layers are trained at once, each on its own, as one batched matrix product. Weights see the train rows; early
 stopping, the choice of the layer and the calibration see the validation rows; every reported figure is of test rows.
 A label says whether a question is unknown, the disagreement of its answers how far it is: trained on the latter, the
-probe ranks better (`benchmarks/bench_uncertainty.py` compares); calibrated and measured it is by the former.
+probe ranks better (`benchmarks/bench_uncertainty.py` compares); calibrated and measured it is by the former. Where the
+forward pass was asked how sure the model is of the first answer token, that is joined with what the states say.
 Sources: KA2L (arXiv 2603.17566) for the task and the SwiGLU probe; semantic entropy probes (Kossen et al. 2024,
 arXiv 2406.15927) for the linear one; Platt 1999 for calibration.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from ka2l.calibration import calibrated_log_odds, calibration_error, constant_calibration, fit_calibration
+from ka2l.certainty import fit_stack, stacked
 from ka2l.errors import PoolError
 from ka2l.metrics import auroc, auroc_with_ci, json_safe
 from ka2l.probe_training import Rows, forward, row_slices, standardisation, to_device, train_layers, weight_shapes
@@ -69,6 +71,7 @@ class Probe:
         layers: numbers of the layers in the states it was fitted on, shape (L,).
         metrics: JSON-safe figures of the test split, see ``fit_probe``.
         calibration: how scores become log-odds.
+        stack: how scores are joined with the certainty of the first answer token; None where states are all.
         arrays: weights, standardisation (``mean``, ``scale``) and principal components of the chosen layer.
     """
 
@@ -77,16 +80,25 @@ class Probe:
     layers: list[int]
     metrics: dict[str, Any]
     calibration: dict[str, Any]
+    stack: dict[str, Any] | None
     arrays: dict[str, np.ndarray]
 
-    def predict(self, states: np.ndarray) -> np.ndarray:
-        """Calibrated probability of unknown, shape (N,); ``states`` is (N, L, D), or (N, D) of the chosen layer."""
+    def predict(self, states: np.ndarray, next_token: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated probability of unknown, shape (N,), as `predict_logit` takes it."""
         from scipy.special import expit
 
-        return expit(self.predict_logit(states))
+        return expit(self.predict_logit(states, next_token))
 
-    def predict_logit(self, states: np.ndarray) -> np.ndarray:
-        """Calibrated log-odds of unknown, shape (N,)."""
+    def predict_logit(self, states: np.ndarray, next_token: np.ndarray | None = None) -> np.ndarray:
+        """Calibrated log-odds of unknown, shape (N,).
+
+        Args:
+            states: (N, L, D), or (N, D) of the chosen layer.
+            next_token: certainty of the first answer token, shape (N, 3); not looked at by a probe fitted without.
+
+        Raises:
+            ValueError: a shape that the probe was not fitted on, or no ``next_token`` where it was fitted with it.
+        """
         import numpy as np
         import torch
 
@@ -98,6 +110,10 @@ class Probe:
             for rows in row_slices(len(chosen)):
                 x = (torch.from_numpy(chosen[rows].astype(np.float32)) - mean) / scale
                 scores[rows] = forward(self.kind, weights, x[None])[0].numpy()
+        if self.stack is not None:
+            if next_token is None:
+                raise ValueError("this probe was fitted with the certainty of the first answer token; give next_token")
+            scores = stacked(self.stack, scores, next_token)
         return calibrated_log_odds(self.calibration, scores)
 
     def pca(self, states: np.ndarray) -> np.ndarray:
@@ -124,6 +140,7 @@ class Probe:
             "layers": self.layers,
             "metrics": self.metrics,
             "calibration": self.calibration,
+            "stack": self.stack,
         }
         filesystem.pipe_file(f"{folder}/probe.safetensors", save(self.arrays))
         filesystem.pipe_file(f"{folder}/probe.json", json.dumps(fields, indent=2, allow_nan=False).encode())
@@ -156,8 +173,9 @@ def fit_probe(
     seed: int,
     sample_weight: np.ndarray | None = None,
     targets: np.ndarray | None = None,
+    next_token: np.ndarray | None = None,
 ) -> Probe:
-    """Fit one probe a layer, choose the layer, calibrate it and measure it.
+    """Fit one probe a layer, choose the layer, join it with the model's certainty, calibrate it and measure it.
 
     The layer with the highest validation AUROC is chosen; the lower validation loss decides ties. Where the train rows
     are all known or all unknown the probe predicts the base rate, and where a split has one class its AUROC is None.
@@ -173,11 +191,13 @@ def fit_probe(
         sample_weight: weight of each row in the loss, shape (N,).
         targets: what is trained for in place of the labels, in [0, 1], shape (N,): how far the answers disagree. NaN
             for a row's label.
+        next_token: certainty of the first answer token (`ka2l.hidden_states.NEXT_TOKEN`), shape (N, 3); None for a
+            probe of states alone.
 
     Returns:
-        A probe whose ``metrics`` hold, for the chosen layer on the test split: ``layer``, ``auroc``, ``auroc_ci``,
-        ``accuracy``, ``f1`` (both at a probability of 0.5), ``base_rate`` (share of unknown), ``num_test``,
-        ``calibration`` (``ece``, ``brier``, ``bins``); and ``by_layer``, the same for every layer.
+        A probe whose ``metrics`` hold, on the test split: ``layer``, ``auroc``, ``auroc_ci``, ``accuracy``, ``f1``
+        (both at a probability of 0.5), ``base_rate`` (share of unknown), ``num_test``, ``calibration`` (``ece``,
+        ``brier``, ``bins``); and ``by_layer``, the first of these for the states of every layer alone.
 
     Raises:
         PoolError: no train rows.
@@ -216,10 +236,22 @@ def fit_probe(
     best = min(
         range(len(layers)), key=lambda i: (-(by_layer[i]["validation_auroc"] or 0), by_layer[i]["validation_loss"])
     )
-    chosen = by_layer[best]
-    probabilities = _probabilities(calibrations[best], scores[best][rows.test])
+    layer, joined, calibration, chosen, stack = (
+        int(layers[best]),
+        scores[best],
+        calibrations[best],
+        by_layer[best],
+        None,
+    )
+    if next_token is not None and not is_constant:
+        at = rows.validation
+        stack = fit_stack(joined[at], next_token[at], wanted[at].astype(np.float64), weights[at])
+        joined = stacked(stack, joined, next_token)
+        calibration = fit_calibration(config.calibration, joined[at], unknown[at])
+        chosen = _measure(joined, calibration, unknown, weights, rows, config, seed)
+    probabilities = _probabilities(calibration, joined[rows.test])
     metrics = {
-        "layer": chosen["layer"],
+        "layer": layer,
         "auroc": chosen["test_auroc"],
         "auroc_ci": chosen["test_auroc_ci"],
         "accuracy": chosen["accuracy"],
@@ -232,7 +264,7 @@ def fit_probe(
     arrays = {name: value[best] for name, value in fitted.items()} | {"mean": mean[best], "scale": scale[best]}
     arrays["components"] = _principal_components((states[rows.train, best] - mean[best]) / scale[best], seed)
     arrays = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in arrays.items()}
-    return Probe(config.kind, chosen["layer"], [int(layer) for layer in layers], metrics, calibrations[best], arrays)
+    return Probe(config.kind, layer, list(map(int, layers)), metrics, calibration, stack, arrays)
 
 
 def _measure(

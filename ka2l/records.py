@@ -218,17 +218,20 @@ LEDGER = pa.schema(
 )
 
 
-def hidden_states_schema(layers: Sequence[int], width: int, dtype: str = "float32") -> pa.Schema:
+def hidden_states_schema(
+    layers: Sequence[int], width: int, dtype: str = "float32", *, next_token: bool = False
+) -> pa.Schema:
     """Schema of the ``hidden_states`` table.
 
     Args:
         layers: the layers kept per question, L of them; 0 is the embedding output.
         width: the model's hidden size, D.
         dtype: ``float32`` or ``float16``.
+        next_token: with the model's certainty of the first answer token.
 
     Returns:
         ``question_id``, ``split`` and ``states``: a fixed-size list of L * D values, row-major (L, D). The field's
-        metadata ``layers`` names the layers.
+        metadata ``layers`` names the layers. With ``next_token``, that field of three numbers, too.
     """
     value_type = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
     names = ",".join(str(layer) for layer in layers)
@@ -238,7 +241,11 @@ def hidden_states_schema(layers: Sequence[int], width: int, dtype: str = "float3
         nullable=False,
         metadata={"doc": "pooled hidden states, row-major (layers, width)", "layers": names},
     )
-    return pa.schema([_ID, _field("split", pa.string(), "one of SPLITS"), states])
+    fields = [_ID, _field("split", pa.string(), "one of SPLITS"), states]
+    if next_token:
+        doc = "of the first answer token: entropy, log-probability of the likeliest, margin to the second; nats"
+        fields.append(_field("next_token", pa.list_(pa.float32(), 3), doc))
+    return pa.schema(fields)
 
 
 def stored_layers(schema: pa.Schema) -> list[int]:
@@ -251,6 +258,14 @@ def stored_states(table: pa.Table, num_layers: int = 1) -> np.ndarray:
     column = table["states"].combine_chunks()
     width = column.type.list_size // num_layers
     return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
+
+
+def stored_next_token(table: pa.Table) -> np.ndarray | None:
+    """Certainty of the first answer token of a ``hidden_states`` table, shape (num_rows, 3); None where it has none."""
+    if "next_token" not in table.column_names:
+        return None
+    column = table["next_token"].combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), 3)
 
 
 HELD_OUT = "held_out"

@@ -109,14 +109,14 @@ def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Arra
 
 
 def _chosen_states(campaign: Campaign, extracted: Stage, round_index: int, ids: Sequence[str]) -> np.ndarray:
-    sorted_ids, states = states_of(extracted, ids, _probe_layer(campaign, round_index))
-    row_of = {question_id: row for row, question_id in enumerate(sorted_ids)}
-    return states[[row_of[question_id] for question_id in ids], 0]
+    read = states_of(extracted, ids, _probe_layer(campaign, round_index))
+    row_of = {question_id: row for row, question_id in enumerate(read.ids)}
+    return read.states[[row_of[question_id] for question_id in ids], 0]
 
 
 def _asked_states(campaign: Campaign, extracted: Stage, round_index: int, taken: pa.Array) -> np.ndarray:
     """Of questions asked in earlier rounds, in the order of their ids; decoded ones have none."""
-    return states_of(extracted, taken.to_pylist(), _probe_layer(campaign, round_index))[1][:, 0]
+    return states_of(extracted, taken.to_pylist(), _probe_layer(campaign, round_index)).states[:, 0]
 
 
 def _probe_layer(campaign: Campaign, round_index: int) -> int:

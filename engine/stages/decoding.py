@@ -29,7 +29,7 @@ from ka2l.decoding import (
     needs_mark,
 )
 from ka2l.pool import question_key
-from ka2l.records import DECODED, stored_states
+from ka2l.records import DECODED, stored_next_token, stored_states
 from ka2l.seeds import row_seed
 
 _UNKNOWN = 0.5
@@ -92,11 +92,11 @@ def decode(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         layer = int(probed.require().metrics["layer"])
         parents = chosen.table(["question_id", "rank"]).sort_by("rank")["question_id"].to_pylist()
-        ids, states = states_of(extracted, parents, layer)
+        read = states_of(extracted, parents, layer)
         seed = row_seed(config.seed, round_index, "decode", "")
         centre, spread = _moments(extracted, layer)
         noise = float(source.require().metrics["noise"])
-        variants = make_variants(ids, states[:, 0], config.decoder, seed, spread=spread, noise=noise)
+        variants = make_variants(read.ids, read.states[:, 0], config.decoder, seed, spread=spread, noise=noise)
         drafts = _Drafts(variants, _decode(campaign, source.round_index, variants, seed, campaign.log_path(stage)))
         cost = _gate_drafts(campaign, round_index, drafts, layer, centre, campaign.log_path(stage))
         num_wanted = int(config.decoder.share * len(parents))
@@ -166,14 +166,15 @@ def _gate_drafts(
     have = {text: row for row, text in enumerate(table["question"].to_pylist())}
     drafts.stop(rows, np.array([text in have for text in texts]), "malformed")
     rows = drafts.left
-    states = stored_states(table)[:, 0]
-    mine = states[[have[drafts.questions[row]] for row in rows]]
+    states, next_token = stored_states(table)[:, 0], stored_next_token(table)
+    places = [have[drafts.questions[row]] for row in rows]
+    mine = states[places]
     near = NearestStates(mine, centre)
     for others in each_states(extracted, layer):
         near.add(others)
     near.add(states[[have[text] for text in before if text in have]])
     probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
-    p_unknown = probe.predict(mine)
+    p_unknown = probe.predict(mine, None if next_token is None else next_token[places])
     order = np.argsort(-p_unknown, kind="stable")
     new = np.zeros(len(rows), dtype=bool)
     new[order] = near.first_of_kind(order, config.decoder.max_similarity)

@@ -189,11 +189,11 @@ def measure_drift(campaign: Campaign, round_index: int) -> Drift:
     labels = campaign.stage("label", round_index).table()
     labels = labels.filter(pc.equal(labels["probe_split"], "test"))
     unknown = by_id(labels, "unknown")
-    ids, then = states_of(campaign.stage("extract", fitted_round), list(unknown), layer)
-    now_ids, now = states_of(campaign.stage("extract", round_index), list(unknown), layer)
-    both = sorted(set(ids) & set(now_ids))
-    rows = [(ids.index(name), now_ids.index(name)) for name in both]
-    left, right = then[[row for row, _ in rows], 0], now[[row for _, row in rows], 0]
+    then = states_of(campaign.stage("extract", fitted_round), list(unknown), layer)
+    now = states_of(campaign.stage("extract", round_index), list(unknown), layer)
+    both = sorted(set(then.ids) & set(now.ids))
+    now_rows = [now.ids.index(name) for name in both]
+    left, right = then.states[[then.ids.index(name) for name in both], 0], now.states[now_rows, 0]
     centre = left.mean(axis=0)
     a, b = left - centre, right - centre
     cosine = (a * b).sum(axis=1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
@@ -202,7 +202,8 @@ def measure_drift(campaign: Campaign, round_index: int) -> Drift:
     drop = None
     if 0 < truth.sum() < len(truth):
         own = campaign.stage("probe", round_index).require().metrics["auroc"]
-        drop = None if own is None else float(own - auroc(truth, probe.predict_logit(right)))
+        certainty = None if now.next_token is None else now.next_token[now_rows]
+        drop = None if own is None else float(own - auroc(truth, probe.predict_logit(right, certainty)))
     mean_cosine = float(cosine.mean())
     moved = mean_cosine < config.min_cosine or (drop or 0.0) > config.max_auroc_drop
     return Drift(fitted_round, moved or not same_layer, same_layer, mean_cosine, drop)
@@ -212,7 +213,8 @@ def corpus_states(campaign: Campaign, round_index: int, layer: int) -> None:
     """States of the corpus under this round's model state, at the probe's layer alone."""
     config = campaign.config
     corpus_ = campaign.stage("corpus")
-    extraction = one_layer(config.extraction, layer)
+    # The decoder reads states alone, so the layers above need not run.
+    extraction = one_layer(config.extraction, layer).model_copy(update={"next_token": False})
     state = campaign.state(round_index)
 
     def work(stage: Stage) -> Outcome:

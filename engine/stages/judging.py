@@ -11,7 +11,7 @@ from scipy.special import logit
 
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
-from engine.stages.tables import among, by_id, load_stage_probe, states_of
+from engine.stages.tables import Read, among, by_id, load_stage_probe, states_of
 from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
 from ka2l.evidence import combine
 from ka2l.seeds import row_seed
@@ -25,8 +25,8 @@ class Judged(NamedTuple):
     """One of correctness.QUADRANTS."""
 
 
-#: (ids, states of the base model at its probe's layer, shape (N, D), disagreement of own answers by id) -> by id.
-Judge = Callable[[Sequence[str], np.ndarray, Mapping[str, float | None]], dict[str, Judged]]
+#: (what the base model's forward pass told, at its probe's layer; disagreement of own answers by id) -> by id.
+Judge = Callable[[Read, Mapping[str, float | None]], dict[str, Judged]]
 
 
 def answered_wrongly(graded: Stage) -> dict[str, bool]:
@@ -47,22 +47,23 @@ def second_axis(campaign: Campaign, graded: Stage, round_index: int) -> Judge | 
         return None
     fitted = load_stage_probe(campaign, probed)
 
-    def evidence(ids: Sequence[str], states: np.ndarray, sampled: Mapping[str, float | None]) -> np.ndarray:
-        return combine(fitted.predict_logit(states), own_doubt=own_doubts(sampled, ids))
+    def evidence(read: Read, sampled: Mapping[str, float | None]) -> np.ndarray:
+        logits = fitted.predict_logit(read.states[:, 0], read.next_token)
+        return combine(logits, own_doubt=own_doubts(sampled, read.ids))
 
-    ids, states = states_of(base, list(wrong), fitted.layer)
-    drawn = graded.table(["question_id", "disagreement"], among(ids))
+    read = states_of(base, list(wrong), fitted.layer)
+    drawn = graded.table(["question_id", "disagreement"], among(read.ids))
     head = fit_correctness(
-        states[:, 0],
-        evidence(ids, states[:, 0], by_id(drawn, "disagreement")),
-        np.array([wrong[question_id] for question_id in ids]),
+        read.states[:, 0],
+        evidence(read, by_id(drawn, "disagreement")),
+        np.array([wrong[question_id] for question_id in read.ids]),
         row_seed(campaign.config.seed, round_index, "correctness", ""),
     )
 
-    def judge(ids: Sequence[str], states: np.ndarray, sampled: Mapping[str, float | None]) -> dict[str, Judged]:
-        doubts = evidence(ids, states, sampled)
-        p_wrong = head.predict(states, doubts)
-        return dict(zip(ids, map(Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
+    def judge(read: Read, sampled: Mapping[str, float | None]) -> dict[str, Judged]:
+        doubts = evidence(read, sampled)
+        p_wrong = head.predict(read.states[:, 0], doubts)
+        return dict(zip(read.ids, map(Judged, p_wrong.tolist(), quadrants(doubts, p_wrong)), strict=True))
 
     return judge
 

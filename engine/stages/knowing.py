@@ -20,6 +20,7 @@ from engine.jobs import ShardInput
 from engine.sharing import shared_equivalence
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
+    Read,
     among,
     annotated_ids,
     by_id,
@@ -36,7 +37,7 @@ from ka2l.evidence import combine, filled
 from ka2l.labels import label_questions, split_seed_questions
 from ka2l.metrics import auroc_with_ci
 from ka2l.probe import Probe, fit_probe
-from ka2l.records import KNOWLEDGE, LABELS, stored_states
+from ka2l.records import KNOWLEDGE, LABELS, stored_next_token, stored_states
 from ka2l.seeds import row_seed
 
 
@@ -82,7 +83,7 @@ def probe(campaign: Campaign, round_index: int) -> None:
 
     def work(stage: Stage) -> Outcome:
         rows = labels.table().to_pylist()
-        ids, states = states_of(extracted, [row["question_id"] for row in rows])
+        ids, states, next_token = states_of(extracted, [row["question_id"] for row in rows])
         row_of = {row["question_id"]: row for row in rows}
         fitted = fit_probe(
             states,
@@ -92,6 +93,7 @@ def probe(campaign: Campaign, round_index: int) -> None:
             config.probe,
             row_seed(config.seed, round_index, "probe", ""),
             targets=np.array([row_of[question_id]["disagreement"] for question_id in ids], dtype=np.float64),
+            next_token=next_token,
         )
         with tempfile.TemporaryDirectory() as folder:
             fitted.save(folder)
@@ -173,7 +175,7 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 continue
             table = read_shard(extracted.url, name)
             states = stored_states(table, len(layers))
-            logits = fitted.predict_logit(states)
+            logits = fitted.predict_logit(states, stored_next_token(table))
             ids = table["question_id"].to_pylist()
             sampled: Mapping[str, float | None] = {}
             if graded:
@@ -185,11 +187,11 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
                 before = (read_shard(old.url, name, ["question_id", "logit"]) for old in earlier)
                 later = [*(_aligned(old, ids) for old in before), logits]
                 rows = read_shard(base.url, name)
-                base_ids = rows["question_id"].to_pylist()
-                chosen = stored_states(rows, len(base_layers))[:, base_layers.index(informed.layer)]
-                then = dict(zip(base_ids, informed.predict_logit(chosen), strict=True))
+                chosen = stored_states(rows, len(base_layers))[:, [base_layers.index(informed.layer)]]
+                read = Read(rows["question_id"].to_pylist(), chosen, stored_next_token(rows))
+                then = dict(zip(read.ids, informed.predict_logit(chosen, read.next_token), strict=True))
                 base_logits = np.array([then.get(question_id, 0.0) for question_id in ids])
-                judged = second(base_ids, chosen, sampled) if second else {}
+                judged = second(read, sampled) if second else {}
                 p_wrong = [judged[question_id].p_wrong if question_id in judged else None for question_id in ids]
                 quadrant = [judged[question_id].quadrant if question_id in judged else None for question_id in ids]
             components = fitted.pca(states)
@@ -234,7 +236,7 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
         question_id: (is_wrong, "train", float(is_wrong)) for question_id, is_wrong in answered_wrongly(graded).items()
     }
     layer = campaign.stage("probe", 0).require().metrics["layer"]
-    ids, states = states_of(base, [*labels, *wrong], layer)
+    ids, states, next_token = states_of(base, [*labels, *wrong], layer)
     known = labels | wrong
     return fit_probe(
         states,
@@ -244,6 +246,7 @@ def _probe_with_feedback(campaign: Campaign, graded: Stage, round_index: int) ->
         config.probe,
         row_seed(config.seed, round_index, "feedback", ""),
         targets=np.array([known[question_id][2] for question_id in ids], dtype=np.float64),
+        next_token=next_token,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from engine.artifacts import Stage, read_shard
 from engine.campaign import Campaign
 from ka2l.probe import Probe, load_probe
-from ka2l.records import DECODED, stored_layers, stored_states
+from ka2l.records import DECODED, stored_layers, stored_next_token, stored_states
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:
@@ -103,13 +103,22 @@ def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
     return ids
 
 
-def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None) -> tuple[list[str], np.ndarray]:
-    """Ids, sorted, and states of the wanted questions that have some.
+class Read(NamedTuple):
+    """What a forward pass told of some questions."""
 
-    The states' shape is (num_questions, num_layers, width), with ``num_layers`` 1 where one ``layer`` is asked for.
-    """
+    ids: list[str]
+    """Sorted."""
+    states: np.ndarray
+    """Shape (num_questions, num_layers, width), with ``num_layers`` 1 where one layer was asked for."""
+    next_token: np.ndarray | None
+    """Certainty of the first answer token, shape (num_questions, 3); None where it was not read."""
+
+
+def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None) -> Read:
+    """What is known of the wanted questions that have states: of all layers, or of one."""
     ids: list[str] = []
     states: list[np.ndarray] = []
+    next_token: list[np.ndarray | None] = []
     layers, values = layers_of(extracted), pa.array(wanted, pa.string())
     kept = slice(None) if layer is None else [layers.index(layer)]
     names = extracted.shard_names()
@@ -120,8 +129,14 @@ def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None)
             table = read_shard(extracted.url, name).filter(is_wanted)
             ids += table["question_id"].to_pylist()
             states.append(stored_states(table, len(layers))[:, kept])
+            next_token.append(stored_next_token(table))
     order = np.argsort(ids)  # whatever the number of shards, the same rows in the same order
-    return [ids[index] for index in order], np.concatenate(states)[order]
+    certainty = [rows for rows in next_token if rows is not None]
+    return Read(
+        [ids[index] for index in order],
+        np.concatenate(states)[order],
+        np.concatenate(certainty)[order] if certainty else None,
+    )
 
 
 def each_states(extracted: Stage, layer: int) -> Iterator[np.ndarray]:

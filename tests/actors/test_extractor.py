@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from actors.extractor import QuestionPerplexityHost
+from actors.extractor import ExtractorHost, QuestionPerplexityHost
 from ka2l.adapter import load_tokenizer
+from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
 from ka2l.perplexity import PerplexityScorer, question_tokens
 from ka2l.prompts import PromptConfig, Prompter
-from ka2l.records import PERPLEXITY
+from ka2l.records import PERPLEXITY, stored_layers, stored_next_token, stored_states
 
+LONG = "Which of all these rivers, lakes, seas and oceans is the deepest of them all, and where does it end?"
 QUESTIONS = pa.table(
     {
         "question_id": ["s", "a", "e", "b"],
@@ -42,3 +44,31 @@ def test_a_shard_without_candidates_makes_an_empty_table(tiny_models: Callable[.
     host = QuestionPerplexityHost(PerplexityScorer(path, "float32"), Prompter(load_tokenizer(path), PromptConfig()))
     table, stats = host.process({"questions": QUESTIONS.slice(0, 1)})
     assert (table.num_rows, stats["forward_passes"]) == (0, 0)
+
+
+def test_states_and_certainty_of_usable_questions_are_one_row_each(tiny_models: Callable[..., Path]) -> None:
+    path = str(tiny_models("qwen2.5"))
+    prompter = Prompter(load_tokenizer(path), PromptConfig())
+    config = ExtractionConfig(layers=[1, 3], max_prompt_tokens=len(prompter.token_ids(LONG)) - 1, device="cpu")
+    questions = QUESTIONS.set_column(1, "question", pa.array(["Who?", LONG, "When?", "zqx zqx zqx?"]))
+    table, stats = ExtractorHost(HiddenStateExtractor(path, config), prompter, config).process({"questions": questions})
+    usable = [0, 2, 3]
+    assert table["question_id"].to_pylist() == ["s", "e", "b"]
+    assert (stats["num_rejected"], stats["forward_passes"]) == (1, 3)
+    alone = [
+        HiddenStateExtractor(path, config).extract([prompter.token_ids(questions["question"][row].as_py())])
+        for row in usable
+    ]
+    states, next_token = stored_states(table, 2), stored_next_token(table)
+    assert next_token is not None
+    assert stored_layers(table.schema) == [1, 3]
+    np.testing.assert_allclose(states, np.concatenate([one.states for one in alone]), atol=1e-4)
+    np.testing.assert_allclose(next_token, np.concatenate([one.next_token for one in alone]), atol=1e-4)
+
+
+def test_a_table_without_certainty_says_so(tiny_models: Callable[..., Path]) -> None:
+    path = str(tiny_models("qwen2.5"))
+    config = ExtractionConfig(layers=[1], next_token=False, device="cpu")
+    host = ExtractorHost(HiddenStateExtractor(path, config), Prompter(load_tokenizer(path), PromptConfig()), config)
+    table, _ = host.process({"questions": QUESTIONS})
+    assert stored_next_token(table) is None

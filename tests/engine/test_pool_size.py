@@ -250,11 +250,11 @@ def test_a_shard_without_wanted_questions_keeps_its_states_unread(
         lambda url, name, columns=None: read.append((name, columns)) or artifacts.read_shard(url, name, columns),
     )
     wanted = [IDS[120], IDS[110]]
-    ids, found = states_of(extracted, wanted, LAYERS[1])
+    ids, found, _ = states_of(extracted, wanted, LAYERS[1])
     assert ids == sorted(wanted)
     np.testing.assert_allclose(found[:, 0], STATES[[110, 120], 1], rtol=1e-6)
     assert [name for name, columns in read if columns is None] == ["part-00002.parquet"]
-    assert states_of(extracted, [])[1].shape == (0, len(LAYERS), WIDTH)
+    assert states_of(extracted, []).states.shape == (0, len(LAYERS), WIDTH)
 
 
 def test_references_of_all_batches_are_looked_up_in_one_pass(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:

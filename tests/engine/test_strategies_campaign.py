@@ -76,8 +76,8 @@ def test_core_set_keeps_away_from_what_earlier_rounds_have_asked(
     for index in range(2):
         layer = run.stage("probe", index).require().metrics["layer"]
         left = [name for name in candidates_of(run) if name not in asked]
-        ids, states = states_of(run.stage("extract", index), left, layer)
-        others = states_of(run.stage("extract", index), asked, layer)[1][:, 0] if asked else None
+        ids, states, _ = states_of(run.stage("extract", index), left, layer)
+        others = states_of(run.stage("extract", index), asked, layer).states[:, 0] if asked else None
         scores = np.zeros(len(ids))
         candidates = Candidates(ids, scores, scores, states=states[:, 0], asked_states=others)
         config = SelectionConfig(kind="core_set", budget=12)

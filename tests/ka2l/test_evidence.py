@@ -29,8 +29,8 @@ def test_no_expert_can_outvote_all_others_by_an_extreme() -> None:
     assert score[0] < score[1]
 
 
-def test_own_doubt_weighs_four_times_as_much_as_the_probe_that_predicts_it() -> None:
-    assert combine(np.array([2.0, -3.0]), own_doubt=np.array([-1.0, 0.5])) == pytest.approx([-0.4, -0.2])
+def test_own_doubt_weighs_as_much_as_the_probe_that_predicts_it() -> None:
+    assert combine(np.array([2.0, -3.0]), own_doubt=np.array([-1.0, 0.5])) == pytest.approx([0.5, -1.25])
 
 
 def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None:

@@ -40,11 +40,12 @@ def fit(
     split: np.ndarray = SPLIT,
     seed: int = 0,
     targets: np.ndarray | None = None,
+    next_token: np.ndarray | None = None,
     **config: Any,
 ) -> Probe:
     config = {"device": "cpu", "num_bootstrap": 50, "swiglu_hidden": 32} | config
-    layers = LAYERS[: states.shape[1]]
-    return fit_probe(states, unknown, split.tolist(), layers, ProbeConfig(**config), seed, targets=targets)
+    layers, made = LAYERS[: states.shape[1]], ProbeConfig(**config)
+    return fit_probe(states, unknown, split.tolist(), layers, made, seed, targets=targets, next_token=next_token)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -282,6 +283,49 @@ def test_trained_for_how_far_answers_disagree_it_ranks_within_the_known_too() ->
         return float(np.corrcoef(probe.predict_logit(states)[known_test_rows], far[known_test_rows])[0, 1])
 
     assert order(far) > order(None) + 0.05
+
+
+def certainty(unknown: np.ndarray, strength: float) -> np.ndarray:
+    """Entropy, log-probability and margin of a first answer token, of which the entropy alone tells unknown."""
+    rng = np.random.default_rng(5)
+    return np.column_stack([rng.normal(size=len(unknown)) + strength * unknown, *rng.normal(size=(2, len(unknown)))])
+
+
+@pytest.mark.parametrize("calibration", ["platt", "isotonic"])
+def test_certainty_of_the_first_token_is_joined_with_what_the_states_say(calibration: str, tmp_path: Path) -> None:
+    states, unknown = planted(strength=1.0)
+    next_token, test = certainty(unknown, 2.0), SPLIT == "test"
+    alone = fit(states, unknown, calibration=calibration)
+    both = fit(states, unknown, next_token=next_token, calibration=calibration)
+    of_entropy = roc_auc_score(unknown[test], next_token[test, 0])
+    assert both.metrics["auroc"] > max(alone.metrics["auroc"], of_entropy) + 0.01
+    assert both.layer == alone.layer == 8
+    assert both.metrics["by_layer"] == alone.metrics["by_layer"]
+    p_unknown = both.predict(states[test], next_token[test])
+    assert both.metrics["accuracy"] == pytest.approx(np.mean((p_unknown >= 0.5) == unknown[test]))
+    assert both.metrics["calibration"]["ece"] == pytest.approx(calibration_error(p_unknown, unknown[test])["ece"])
+    both.save(str(tmp_path / "probe"))
+    np.testing.assert_array_equal(
+        load_probe(str(tmp_path / "probe")).predict(states[test], next_token[test]), p_unknown
+    )
+
+
+def test_certainty_that_says_nothing_hardly_harms() -> None:
+    states, unknown = planted()
+    joined = fit(states, unknown, next_token=certainty(unknown, 0.0))
+    assert joined.metrics["auroc"] > fit(states, unknown).metrics["auroc"] - 0.02
+
+
+def test_a_probe_that_was_fitted_with_certainty_asks_for_it() -> None:
+    states, unknown = planted()
+    with pytest.raises(ValueError, match="next_token"):
+        fit(states, unknown, next_token=certainty(unknown, 1.0)).predict(states)
+
+
+def test_rows_of_one_kind_leave_nothing_to_join() -> None:
+    states, unknown = planted()
+    p_unknown = fit(states, np.zeros_like(unknown), next_token=certainty(unknown, 1.0)).predict(states)
+    assert np.unique(p_unknown).size == 1
 
 
 def test_a_target_that_is_missing_is_the_rows_label() -> None:

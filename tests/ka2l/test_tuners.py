@@ -102,8 +102,8 @@ def test_what_is_trained_is_what_sampler_extractor_and_perplexity_read(
     states = []
     for path, adapted in ((llama, None), (model, adapter)):
         extractor = HiddenStateExtractor(path, ExtractionConfig(layers=[1, 3]), "float32", adapted)
-        together = extractor.extract(prompts)
-        assert np.allclose(together[3], extractor.extract([prompts[3]])[0], atol=1e-4)
+        together = extractor.extract(prompts).states
+        assert np.allclose(together[3], extractor.extract([prompts[3]]).states[0], atol=1e-4)
         states.append(together)
     assert not np.allclose(states[0], states[1], atol=1e-3)
 
