@@ -4,9 +4,10 @@ Every seed of every world has a testbed of its own: a model taught three quarter
 strategy ranks the same candidates by what the base model shows, once for each budget; references of the chosen are
 tuned on, with the model's own answers to the rest, and unseen paraphrases of all candidates' facts are graded. As in
 the engine, ``probe`` and what builds on it count the disagreement of the samples that are drawn for rehearsal. Arms
-beside the strategies: ``probe_alone`` (without that), ``random_alone`` (random, without rehearsal) and ``all`` (every
-candidate annotated). Compared is the area under the learning curve, from no annotation to half of the candidates,
-paired over seeds (t-test).
+beside the strategies: ``probe_alone`` (without that), ``first_token`` (least confidence: the lower the probability of
+the likeliest first token, the sooner; what the probe has to be worth its seed questions against), ``random_alone``
+(random, without rehearsal) and ``all`` (every candidate annotated). Compared is the area under the learning curve, from
+no annotation to half of the candidates, paired over seeds (t-test).
 
 Worlds: invented people; EntityQuestions; PopQA, where page views say how well a fact is known. The latter two need the
 question files in ``--data``. A seed that stands in the newest result already is not run again. About 25 minutes a seed
@@ -35,7 +36,9 @@ from ka2l.selection import STRATEGIES, SelectionConfig, select
 BUDGETS = (0.125, 0.25, 0.5)
 #: What is compared with all others.
 DEFAULT = "probe"
-ARMS = (*sorted(STRATEGIES), "probe_alone", "random_alone")
+#: Arms that rank by a score of their own.
+BY_SCORE = ("probe_alone", "first_token")
+ARMS = (*sorted(STRATEGIES), *BY_SCORE, "random_alone")
 
 
 def candidates_of(lab: Lab) -> Candidates:
@@ -60,14 +63,16 @@ def curves(lab: Lab) -> dict[str, Any]:
     """Accuracy of each arm at each budget, and what the candidates' scores are worth."""
     candidates = candidates_of(lab)
     ids = candidates.question_ids
+    scores = dict(zip(BY_SCORE, (candidates.p_unknown, -lab.next_token(ids)[:, 1]), strict=True))
     own = lab.own_answers()
     seed = row_seed(lab.seed, 0, "select", "")
     base = lab.correct(lab.ids("eval"))
     found: dict[str, list[dict[str, Any]]] = {}
     for arm in ARMS:
-        seen = candidates._replace(score=candidates.p_unknown) if arm == "probe_alone" else candidates
+        seen = candidates._replace(score=scores.get(arm, candidates.score))
+        kind = "probe" if arm in BY_SCORE else arm.removesuffix("_alone")
         for share in BUDGETS:
-            config = SelectionConfig(kind=arm.removesuffix("_alone"), budget=round(share * len(ids)))
+            config = SelectionConfig(kind=kind, budget=round(share * len(ids)))
             chosen = select(seen, config, seed)
             names = [ids[row] for row in chosen.indices]
             point = {"num_annotated": len(names), "num_wrong": int((~lab.correct(names)).sum())}

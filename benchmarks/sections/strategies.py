@@ -14,7 +14,11 @@ COMMAND = "python benchmarks/bench_strategies.py --worlds people entity_question
 DEFAULT = "probe"
 ALPHA = 0.05
 #: The same arm in a reader's words, where its name does not say it.
-NAMES = {"random_alone": "random, without rehearsal", "probe_alone": "probe, by its forward pass alone"}
+NAMES = {
+    "random_alone": "random, without rehearsal",
+    "probe_alone": "probe, by its forward pass alone",
+    "first_token": "least confident first token, no probe",
+}
 
 
 def section(result: dict[str, Any]) -> Section:
@@ -36,7 +40,7 @@ answers wrongly, by budget. Annotations of right answers teach nothing."""
         parts.append(described(runs, compared))
         parts.append(areas(compared["areas"], runs, result["settings"]["budgets"]))
         charts[f"curves-{world.replace('_', '-')}"] = lines(
-            f"Accuracy against annotations, {WORLDS[world].title}, mean of {len(runs)} seeds",
+            f"Accuracy against annotations, {WORLDS[world].title}, mean over seeds ({len(runs)})",
             "annotated, share of the candidates",
             "accuracy on unseen paraphrases",
             curves(runs, result["settings"]["budgets"]),
@@ -51,8 +55,8 @@ def described(runs: list[dict[str, Any]], compared: dict[str, Any]) -> str:
     return f"""{len(runs)} {"seeds" if len(runs) > 1 else "seed"}, {found["num_candidates"]:,} candidates each, of
 which the base model answers {percent(half["unknown_share"])} wrongly. Half of them annotated by `{DEFAULT}`:
 {figure(half["default"])}; all of them: {figure(half["all"])}; within the 95 % interval of all on
-{half["seeds_within_ci_of_all"]} of {len(runs)}. AUROC for wrong answers among the candidates: probe
-{figure(scores["probe"])}, semantic entropy {figure(scores["semantic_entropy"])}."""
+{half["seeds_within_ci_of_all"]} of {len(runs)}. AUROC for wrong answers among the candidates: the score of
+`probe` {figure(scores["probe"])}, semantic entropy {figure(scores["semantic_entropy"])}."""
 
 
 def areas(found: dict[str, dict[str, Any]], runs: list[dict[str, Any]], budgets: list[float]) -> str:
