@@ -114,6 +114,7 @@ def transfer(runs: list[dict[str, Any]]) -> str:
     names = {
         "probe_own": "probe on its own set",
         "probe_others": "probe on the others",
+        "states_others": "states alone, on the others",
         "probe_all": "probe on all",
         "semantic_entropy": "semantic entropy",
     }
