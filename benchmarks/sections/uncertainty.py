@@ -176,7 +176,8 @@ def losses(result: dict[str, Any]) -> list[str]:
         runs, title = list(by_seed.values()), WORLDS[world].title
         for target in ("wrong", "unknown") if runs else ():
             means = {name: mean(run["auroc"][target][name][0] for run in runs) for name in runs[0]["auroc"][target]}
-            better = {name: value for name, value in means.items() if value > means["probe"]}
+            # The probe with the samples' disagreement is ours, too.
+            better = {name: value for name, value in means.items() if value > means["probe"] and name != "evidence"}
             if better:
                 listed = ", ".join(f"{SCORES[name][0]} {figure(value)}" for name, value in better.items())
                 found.append(
@@ -190,11 +191,14 @@ def losses(result: dict[str, Any]) -> list[str]:
                     f"Stopping early at {row['num_samples']} answers at most, on {title}: AUROC "
                     f"{figure(stopped)}, and {figure(fixed)} with as many answers for every question alike."
                 )
-        for part, row in runs[0].get("leave_one_out", {}).items() if runs else ():
-            if row["probe_others"][0] < row["semantic_entropy"][0]:
+        for part in runs[0].get("leave_one_out", {}) if runs else ():
+            others, own = (
+                mean(run["leave_one_out"][part][name][0] for run in runs)
+                for name in ("probe_others", "semantic_entropy")
+            )
+            if others < own:
                 found.append(
-                    f"A probe that has not seen {part} has AUROC {figure(row['probe_others'][0])} there for wrong "
-                    f"answers, semantic entropy {figure(row['semantic_entropy'][0])} (first seed): it does not carry "
-                    "over."
+                    f"A probe that has not seen {part} has AUROC {figure(others)} there for wrong answers, semantic "
+                    f"entropy {figure(own)}."
                 )
     return found
