@@ -36,7 +36,7 @@ def test_own_doubt_weighs_as_much_as_the_probe_that_predicts_it() -> None:
 def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None:
     later = [np.array([1.0, 1.0])]
     score = combine(np.array([2.0, 2.0]), later, np.array([np.nan, 0.0]))
-    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 4 * 0) / 5.5])
+    assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 0) / 2.5])
 
 
 def test_what_was_not_sampled_gets_the_doubt_that_its_probe_foretells_as_far_as_answers_can_show_it() -> None:
