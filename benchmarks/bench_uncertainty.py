@@ -257,7 +257,7 @@ def leave_one_out(lab: Lab) -> dict[str, dict[str, Any]]:
             for kind, certain in (("probe", True), ("states", False)):
                 probe = fit(lab, fitted_on, unknown[mask], "mlp", num_samples=NUM_SAMPLES, certain=certain)
                 found[f"{kind}_{name}"] = score(lab, probe, mine)
-        found = {**found, "semantic_entropy": lab.uncertainty(mine, NUM_SAMPLES)["semantic_entropy"]}
+        found["semantic_entropy"] = lab.uncertainty(mine, NUM_SAMPLES)["semantic_entropy"]
         rows[part] = {"num_eval": len(mine), "share_wrong": wrong.mean()} | {
             name: list(auroc_with_ci(wrong, values, lab.seed)) for name, values in found.items()
         }

@@ -167,8 +167,7 @@ class HiddenStateExtractor:
             blocks = blocks[: max(1, self._layers[-1])]
             setattr(owner, name, blocks)
         self._add_hooks(blocks)
-        self.language_model = model.to(self.device).eval() if config.next_token else None
-        self.decoder.to(self.device).eval()
+        self.reader = (model if config.next_token else self.decoder).to(self.device).eval()
 
     @property
     def layers(self) -> list[int]:
@@ -314,10 +313,9 @@ class HiddenStateExtractor:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
         self._pooled = {}
-        reader = self.language_model or self.decoder
-        output = reader(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
+        output = self.reader(input_ids=ids.to(self.device), past_key_values=cache, use_cache=cache is not None)
         next_token = torch.full((len(rows), len(NEXT_TOKEN)), torch.nan)
-        if self.language_model is not None:
+        if self.config.next_token:
             next_token = next_token_features(output.logits[:, -1])
         self.num_forward_passes += 1
         self.num_tokens += sum(map(len, rows))

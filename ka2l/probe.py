@@ -197,7 +197,7 @@ def fit_probe(
     Returns:
         A probe whose ``metrics`` hold, on the test split: ``layer``, ``auroc``, ``auroc_ci``, ``accuracy``, ``f1``
         (both at a probability of 0.5), ``base_rate`` (share of unknown), ``num_test``, ``calibration`` (``ece``,
-        ``brier``, ``bins``); and ``by_layer``, the first of these for the states of every layer alone.
+        ``brier``, ``bins``); and ``by_layer``, AUROC, accuracy and F1 of the states alone, layer by layer.
 
     Raises:
         PoolError: no train rows.
@@ -236,22 +236,17 @@ def fit_probe(
     best = min(
         range(len(layers)), key=lambda i: (-(by_layer[i]["validation_auroc"] or 0), by_layer[i]["validation_loss"])
     )
-    layer, joined, calibration, chosen, stack = (
-        int(layers[best]),
-        scores[best],
-        calibrations[best],
-        by_layer[best],
-        None,
-    )
+    chosen, joined, calibration = by_layer[best], scores[best], calibrations[best]
+    stack = None
     if next_token is not None and not is_constant:
         at = rows.validation
         stack = fit_stack(joined[at], next_token[at], wanted[at].astype(np.float64), weights[at])
         joined = stacked(stack, joined, next_token)
         calibration = fit_calibration(config.calibration, joined[at], unknown[at])
-        chosen = _measure(joined, calibration, unknown, weights, rows, config, seed)
+        chosen = {"layer": chosen["layer"]} | _measure(joined, calibration, unknown, weights, rows, config, seed)
     probabilities = _probabilities(calibration, joined[rows.test])
     metrics = {
-        "layer": layer,
+        "layer": chosen["layer"],
         "auroc": chosen["test_auroc"],
         "auroc_ci": chosen["test_auroc_ci"],
         "accuracy": chosen["accuracy"],
@@ -264,7 +259,7 @@ def fit_probe(
     arrays = {name: value[best] for name, value in fitted.items()} | {"mean": mean[best], "scale": scale[best]}
     arrays["components"] = _principal_components((states[rows.train, best] - mean[best]) / scale[best], seed)
     arrays = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in arrays.items()}
-    return Probe(config.kind, layer, list(map(int, layers)), metrics, calibration, stack, arrays)
+    return Probe(config.kind, chosen["layer"], list(map(int, layers)), metrics, calibration, stack, arrays)
 
 
 def _measure(

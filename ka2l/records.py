@@ -255,17 +255,21 @@ def stored_layers(schema: pa.Schema) -> list[int]:
 
 def stored_states(table: pa.Table, num_layers: int = 1) -> np.ndarray:
     """States of a ``hidden_states`` table, shape (num_rows, num_layers, D)."""
-    column = table["states"].combine_chunks()
-    width = column.type.list_size // num_layers
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), num_layers, width)
+    values = _matrix(table["states"])
+    return values.reshape(len(values), num_layers, values.shape[1] // num_layers)
 
 
 def stored_next_token(table: pa.Table) -> np.ndarray | None:
     """Certainty of the first answer token of a ``hidden_states`` table, shape (num_rows, 3); None where it has none."""
     if "next_token" not in table.column_names:
         return None
-    column = table["next_token"].combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), 3)
+    return _matrix(table["next_token"])
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists of one size as an array, shape (num_rows, size)."""
+    rows = column.combine_chunks()
+    return rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), rows.type.list_size)
 
 
 HELD_OUT = "held_out"

@@ -15,7 +15,7 @@ COMMAND = "python benchmarks/bench_uncertainty.py --worlds people mixed"
 SCORES = {
     "probe": ("KA2L's probe", "one forward pass"),
     "probe_of_states": ("KA2L's probe, hidden states alone", "one forward pass"),
-    "probe_on_labels": ("the same, trained on known or unknown", "one forward pass"),
+    "probe_on_labels": ("KA2L's probe, hidden states and labels alone", "one forward pass"),
     "first_token": ("log-probability of the likeliest first token", "nothing"),
     "first_token_entropy": ("entropy of the first token", "one forward pass"),
     "evidence": ("KA2L's probe and the samples' disagreement, by which candidates are ranked", "ten samples"),

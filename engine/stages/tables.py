@@ -107,7 +107,6 @@ class Read(NamedTuple):
     """What a forward pass told of some questions."""
 
     ids: list[str]
-    """Sorted."""
     states: np.ndarray
     """Shape (num_questions, num_layers, width), with ``num_layers`` 1 where one layer was asked for."""
     next_token: np.ndarray | None
@@ -115,7 +114,7 @@ class Read(NamedTuple):
 
 
 def states_of(extracted: Stage, wanted: Sequence[str], layer: int | None = None) -> Read:
-    """What is known of the wanted questions that have states: of all layers, or of one."""
+    """What is known of the wanted questions that have states, sorted by id: of all layers, or of one."""
     ids: list[str] = []
     states: list[np.ndarray] = []
     next_token: list[np.ndarray | None] = []

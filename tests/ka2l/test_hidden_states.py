@@ -256,7 +256,7 @@ def test_unusable_prompts_are_named_and_the_others_are_kept(tiny_models: TinyMod
 
 def test_certainty_that_is_not_finite_is_reported(tiny_models: TinyModels) -> None:
     model = extractor(tiny_models("llama-2"))
-    model.language_model.get_output_embeddings().weight.data[0] = float("nan")
+    model.reader.get_output_embeddings().weight.data[0] = float("nan")
     with pytest.raises(UnusableRowsError, match=r"prompt 0: non_finite: .* next token's distribution") as caught:
         model.extract(PROMPTS[:1])
     assert np.isnan(caught.value.extracted.next_token).all()
