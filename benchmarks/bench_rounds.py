@@ -1,7 +1,8 @@
 """Do several rounds win over one, and what makes them? Evidence, feedback and states, at the same budget.
 
-On labs (see ``lab.py``): a quarter of the candidates annotated, at once or in three rounds, always tuned from the
-base model with all annotations and with its own samples of the rest as rehearsal. Arms:
+On labs (see ``lab.py``): a quarter of the candidates annotated, a half where some were learnt wrongly, at once or in
+three rounds, always tuned from the base model with all annotations and with its own samples of the rest as rehearsal.
+Arms:
 
     one_round           by the base model's probe and by how far its samples, drawn for rehearsal, disagree
     one_round_probe     by the probe alone
@@ -9,7 +10,9 @@ base model with all annotations and with its own samples of the rest as rehearsa
     all_states          by the probes of all states so far
     feedback_probe      by the base model's probe, fitted again with what annotation said of right and wrong
     feedback            the same and the samples' disagreement
-    default             the same and all later states' probes: what ``ka2l run`` does
+    later               the same and all later states' probes: what ``ka2l run`` does by ``selection.kind probe``
+    two_axis            by how likely the base model is wrong, a tenth of all rounds but the last explored
+    two_axis_0.05       the same, a twentieth explored
 
 For each: wrong answers of the base model among what was annotated, and accuracy on unseen paraphrases. Then stopping:
 rounds of a tenth, by ``feedback``, with the accuracy after each and the share of the rest that is predicted
@@ -17,7 +20,7 @@ unknown, and where three rules would have stopped. About 15 minutes a seed and w
 
 The weight of the samples' disagreement (`ka2l.evidence`) was chosen on seeds 0 and 1, by AUROC for wrong answers.
 
-    python benchmarks/bench_rounds.py --worlds entity_questions popqa people --seeds 0 1 2
+    python benchmarks/bench_rounds.py --worlds people_misled sets_misled people entity_questions popqa --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -32,14 +35,18 @@ from scipy.special import expit, logit
 from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
 
+from ka2l.candidates import Candidates
+from ka2l.correctness import fit_correctness
 from ka2l.evidence import combine
 from ka2l.labels import label_questions
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.probe import fit_probe
 from ka2l.seeds import row_seed
+from ka2l.selection import SelectionConfig, select
 from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
 
-BUDGET = 0.25
+#: Shares of the candidates: what is answered wrongly in doubt, roughly, and all that is answered wrongly.
+BUDGET, BUDGET_MISLED = 0.25, 0.5
 NUM_ROUNDS = 3
 #: Rounds of a tenth each, for the rules that stop.
 NUM_STEPS = 7
@@ -59,6 +66,8 @@ class Arm(NamedTuple):
     """The disagreement of its samples of the candidates."""
     later: bool = False
     """Probes of the states tuned since."""
+    explore: float | None = None
+    """Ranked by how likely the base model is wrong, this share of all rounds but the last explored."""
 
 
 ARMS = {
@@ -68,33 +77,43 @@ ARMS = {
     "all_states": Arm(doubt=False, later=True),
     "feedback_probe": Arm(feedback=True, doubt=False),
     "feedback": Arm(feedback=True),
-    "default": Arm(feedback=True, later=True),
+    "later": Arm(feedback=True, later=True),
+    "two_axis": Arm(feedback=True, explore=0.1),
+    "two_axis_0.05": Arm(feedback=True, explore=0.05),
 }
 
 
 def run(lab: Lab, arm: Arm) -> dict[str, Any]:
     """Rounds of one arm, and what they come to."""
     ids, own = lab.ids("candidate"), lab.own_answers()
-    per_round = round(BUDGET * len(ids)) // arm.num_rounds
+    share = BUDGET_MISLED if lab.config.testbed.wrong_share else BUDGET
+    per_round = round(share * len(ids)) // arm.num_rounds
     asked: list[str] = []
     later: list[np.ndarray] = []
     aurocs = []
     for index in range(arm.num_rounds):
         score = evidence(lab, arm, asked, later)
         left = [row for row, name in enumerate(ids) if name not in set(asked)]
-        aurocs.append(auroc(~lab.correct([ids[row] for row in left]), score[left]))
-        asked += [ids[row] for row in sorted(left, key=lambda row: -score[row])[:per_round]]
+        names = [ids[row] for row in left]
+        p_wrong = None if arm.explore is None or not asked else wrongness(lab, asked)[left]
+        aurocs.append(auroc(~lab.correct(names), score[left] if p_wrong is None else p_wrong))
+        explore = 0.0 if index == arm.num_rounds - 1 else arm.explore or 0.0
+        kind = "probe" if arm.explore is None else "two_axis"
+        config = SelectionConfig(kind=kind, budget=per_round, explore=explore)
+        candidates = Candidates(question_ids=names, score=score[left], p_unknown=expit(score[left]), p_wrong=p_wrong)
+        chosen = select(candidates, config, row_seed(lab.seed, index, "select", ""))
+        asked += [names[row] for row in chosen.indices]
         if arm.later and index < arm.num_rounds - 1:
             later.append(state_logits(lab, lab.tuned(asked, own, keep=True)[1]))
     correct, _ = lab.tuned(asked, own)
-    share = proportion_with_ci(correct)
+    right = proportion_with_ci(correct)
     return {
         "num_annotated": len(asked),
         "num_wrong_found": int((~lab.correct(asked)).sum()),
         "num_wrong": int((~lab.correct(ids)).sum()),
         "auroc_wrong_of_the_rest": aurocs,
-        "accuracy": share.value,
-        "ci": [share.low, share.high],
+        "accuracy": right.value,
+        "ci": [right.low, right.high],
     }
 
 
@@ -123,6 +142,15 @@ def base_logits(lab: Lab, asked: Sequence[str]) -> np.ndarray:
         next_token=lab.next_token([*seeds, *asked]),
     )
     return fitted.predict_logit(lab.states(ids)[:, layer], lab.next_token(ids))
+
+
+def wrongness(lab: Lab, asked: Sequence[str]) -> np.ndarray:
+    """How likely the base model answers each candidate wrongly, as annotation has shown so far, shape (n,)."""
+    ids, layer = lab.ids("candidate"), lab.probe.layer
+    evidence_of = lab.evidence(asked)
+    seed = row_seed(lab.seed, len(asked), "correctness", "")
+    head = fit_correctness(lab.states(asked)[:, layer], evidence_of, ~lab.correct(asked), seed)
+    return head.predict(lab.states(ids)[:, layer], lab.evidence(ids))
 
 
 def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
@@ -186,7 +214,7 @@ def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def compare(runs: Mapping[str, Any]) -> dict[str, Any]:
     """Every arm less one round, paired over seeds."""
     final = {name: np.array([found["arms"][name]["accuracy"] for found in runs.values()]) for name in ARMS}
-    table = {}
+    table: dict[str, Any] = {}
     for name, values in final.items():
         ahead = values - final["one_round"]
         p_value = float(ttest_rel(values, final["one_round"]).pvalue) if len(values) > 1 and ahead.any() else None
@@ -208,7 +236,7 @@ def figures(lab: Lab) -> dict[str, Any]:
 if __name__ == "__main__":
     measured = {
         "arms": list(ARMS),
-        "budget": BUDGET,
+        "budgets": [BUDGET, BUDGET_MISLED],
         "num_rounds": NUM_ROUNDS,
         "unknown_share": UNKNOWN_SHARE,
         "gain": GAIN,

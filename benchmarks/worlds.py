@@ -34,16 +34,28 @@ class World(NamedTuple):
     exposure: str | None = None
     """Column that says how well known a fact is; a seeded hash of the subject where None."""
     num_facts: int = _NUM_FACTS
+    settings: tuple[str, ...] = ()
+    """Of the testbed, beside those of every world."""
 
+
+#: Of the well-known facts of one kind or one source, most are learnt wrongly: a tenth of all. More such facts take more
+#: steps to learn.
+_LEARNT_WRONGLY = ("testbed.wrong_share=0.7", "testbed.num_steps=600")
+_FOUR_SETS = ("entityquestions_train.jsonl", "popqa.jsonl", "nq_open_dev.jsonl", "medmcqa_validation.jsonl")
 
 WORLDS = {
     "people": World("invented people"),
     "entity_questions": World("EntityQuestions", ("entityquestions_train.jsonl",)),
     "popqa": World("PopQA, by page views", ("popqa.jsonl",), "s_pop"),
-    "mixed": World(
-        "four question sets",
-        ("entityquestions_train.jsonl", "popqa.jsonl", "nq_open_dev.jsonl", "medmcqa_validation.jsonl"),
-        num_facts=2400,
+    "mixed": World("four question sets", _FOUR_SETS, num_facts=2400),
+    "people_misled": World(
+        "invented people, employers learnt wrongly",
+        settings=(*_LEARNT_WRONGLY, "testbed.wrong_relations=[employer]"),
+    ),
+    "sets_misled": World(
+        "four question sets, one of them learnt wrongly",
+        _FOUR_SETS,
+        settings=(*_LEARNT_WRONGLY, "testbed.wrong_relations=[popqa]"),
     ),
 }
 
@@ -111,7 +123,7 @@ def open_lab(
     from lab import Lab  # seconds to import, and those who only name worlds need none of it
 
     chosen = WORLDS[world]
-    given = [*_SIZES, *_SHARES]
+    given = [*_SIZES, *_SHARES, *chosen.settings]
     if chosen.files:
         facts = _drawn(chosen, data, seed, work / f"{world}-{seed}.jsonl")
         given += [f"testbed.facts={facts.resolve()}"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import numpy as np
+    from sklearn.linear_model import LogisticRegression
 
 #: Stands in for a slope that the rows give no evidence for, so that the ranking is kept.
 MIN_SLOPE = 1e-3
@@ -38,20 +39,35 @@ def fit_calibration(kind: Literal["platt", "isotonic"], scores: np.ndarray, labe
         fitted = IsotonicRegression(y_min=bound, y_max=1 - bound, out_of_bounds="clip").fit(scores, labels)
         return {"kind": "isotonic", "x": fitted.X_thresholds_.tolist(), "y": fitted.y_thresholds_.tolist()}
 
-    from sklearn.linear_model import LogisticRegression
-
     target = np.where(labels, (num_true + 1) / (num_true + 2), 1 / (num_false + 2))
     spread = float(np.std(scores)) or 1.0
-    # A soft target t is a row that is true with weight t and false with weight 1 - t.
-    line = LogisticRegression(C=1e6).fit(
-        np.concatenate([scores, scores])[:, None] / spread,
-        np.repeat([True, False], len(scores)),
-        sample_weight=np.concatenate([target, 1 - target]),
-    )
+    line = fit_soft(scores[:, None] / spread, target, np.ones(len(scores)), inverse_penalty=1e6)
     slope = float(line.coef_[0, 0]) / spread
     if slope < MIN_SLOPE:
         return constant_calibration(labels) | {"slope": MIN_SLOPE}
     return {"kind": "platt", "slope": slope, "intercept": float(line.intercept_[0])}
+
+
+def fit_soft(
+    inputs: np.ndarray, targets: np.ndarray, weights: np.ndarray, *, inverse_penalty: float = 1.0
+) -> LogisticRegression:
+    """A logistic regression on targets that are shares.
+
+    Args:
+        inputs: shape (n, k).
+        targets: in [0, 1], shape (n,), not all 0 and not all 1.
+        weights: of each row, shape (n,).
+        inverse_penalty: of the L2 penalty on the slopes.
+    """
+    import numpy as np
+    from sklearn.linear_model import LogisticRegression
+
+    # A soft target t is a row that is true with weight t and false with weight 1 - t.
+    shares = np.concatenate([targets, 1 - targets]) * np.concatenate([weights, weights])
+    given = shares > 0
+    return LogisticRegression(C=inverse_penalty).fit(
+        np.concatenate([inputs, inputs])[given], np.repeat([1, 0], len(targets))[given], sample_weight=shares[given]
+    )
 
 
 def constant_calibration(labels: np.ndarray) -> dict[str, Any]:

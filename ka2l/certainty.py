@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ka2l.calibration import fit_soft
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -27,17 +29,11 @@ def fit_stack(scores: np.ndarray, next_token: np.ndarray, targets: np.ndarray, w
         The weights, JSON-safe, for `stacked`.
     """
     import numpy as np
-    from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     scaler = StandardScaler()
     inputs = scaler.fit_transform(np.column_stack([scores, next_token]).astype(np.float64))
-    # A soft target t is a row that is true with weight t and false with weight 1 - t.
-    shares = np.concatenate([targets, 1 - targets]) * np.concatenate([weights, weights])
-    given = shares > 0
-    line = LogisticRegression().fit(
-        np.concatenate([inputs, inputs])[given], np.repeat([1, 0], len(targets))[given], sample_weight=shares[given]
-    )
+    line = fit_soft(inputs, targets, weights)
     slopes = line.coef_[0] / scaler.scale_
     return {"slopes": slopes.tolist(), "intercept": float(line.intercept_[0] - slopes @ scaler.mean_)}
 
