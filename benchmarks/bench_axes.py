@@ -1,7 +1,8 @@
 """Does asking where the model is sure and wrong pay? Three arms on a testbed that has learnt some facts wrongly.
 
     probe      3 rounds of 250, by the evidence for unknown
-    two_axis   3 rounds of 250, by the probability of being wrong, a tenth of each round but the last explored
+    two_axis   3 rounds of 250, by the probability of being wrong, up to a fifth of each round but the last explored:
+               the default
     one_round  the same 750 annotations in one round, by the evidence for unknown: before the first annotation there is
                no second axis
 
@@ -38,8 +39,8 @@ COMMON = [
     "testbed.num_steps=600",
 ]
 ARMS: dict[str, list[str]] = {
-    "probe": [],
-    "two_axis": ["selection.kind=two_axis"],
+    "probe": ["selection.kind=probe"],
+    "two_axis": [],
     "one_round": ["rounds=1", "selection.budget=750"],
 }
 

@@ -11,16 +11,16 @@ Arms:
     feedback_probe      by the base model's probe, fitted again with what annotation said of right and wrong
     feedback            the same and the samples' disagreement
     later               the same and all later states' probes: what ``ka2l run`` does by ``selection.kind probe``
-    two_axis            by how likely the base model is wrong, a tenth of all rounds but the last explored
-    two_axis_0.05       the same, a twentieth explored
+    two_axis_0.1        by how likely the base model is wrong; up to a tenth of all rounds but the last explored
+    two_axis            the same, up to a fifth explored: what ``ka2l run`` does unless told otherwise
 
 For each: wrong answers of the base model among what was annotated, and accuracy on unseen paraphrases. Then stopping:
-rounds of a tenth, by ``feedback``, with the accuracy after each and the share of the rest that is predicted
-unknown, and where three rules would have stopped. About 15 minutes a seed and world on two cores.
+rounds of a tenth, by ``two_axis``, with the accuracy after each and the share of the rest that is predicted
+unknown and wrong, and where four rules would have stopped. About 20 minutes a seed and world on two cores.
 
 The weight of the samples' disagreement (`ka2l.evidence`) was chosen on seeds 0 and 1, by AUROC for wrong answers.
 
-    python benchmarks/bench_rounds.py --worlds people_misled sets_misled people entity_questions popqa --seeds 0 1 2
+    python benchmarks/bench_rounds.py --worlds people_misled sets_misled people entity_questions --seeds 0 1 2
 """
 
 from __future__ import annotations
@@ -42,12 +42,14 @@ from ka2l.labels import label_questions
 from ka2l.metrics import auroc, proportion_with_ci
 from ka2l.probe import fit_probe
 from ka2l.seeds import row_seed
-from ka2l.selection import SelectionConfig, select
+from ka2l.selection import SelectionConfig, explored_share, num_likely, select
 from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
 
 #: Shares of the candidates: what is answered wrongly in doubt, roughly, and all that is answered wrongly.
 BUDGET, BUDGET_MISLED = 0.25, 0.5
 NUM_ROUNDS = 3
+#: What a run does unless told otherwise.
+DEFAULT = "two_axis"
 #: Rounds of a tenth each, for the rules that stop.
 NUM_STEPS = 7
 #: Rules: the share of the rest that is predicted unknown, and points of accuracy gained by a round.
@@ -67,7 +69,19 @@ class Arm(NamedTuple):
     later: bool = False
     """Probes of the states tuned since."""
     explore: float | None = None
-    """Ranked by how likely the base model is wrong, this share of all rounds but the last explored."""
+    """Ranked by how likely the base model is wrong, up to this share of all rounds but the last explored."""
+
+
+class Round(NamedTuple):
+    """What is annotated in a round, and what that was chosen by."""
+
+    names: list[str]
+    left: list[str]
+    """Candidates that had not been annotated, n of them."""
+    score: np.ndarray
+    """Their evidence for unknown, shape (n,)."""
+    ranked_by: np.ndarray
+    """What they were ranked by, shape (n,): that, or how likely the base model is wrong."""
 
 
 ARMS = {
@@ -78,8 +92,8 @@ ARMS = {
     "feedback_probe": Arm(feedback=True, doubt=False),
     "feedback": Arm(feedback=True),
     "later": Arm(feedback=True, later=True),
-    "two_axis": Arm(feedback=True, explore=0.1),
-    "two_axis_0.05": Arm(feedback=True, explore=0.05),
+    "two_axis_0.1": Arm(feedback=True, explore=0.1),
+    "two_axis": Arm(feedback=True, explore=0.2),
 }
 
 
@@ -92,17 +106,9 @@ def run(lab: Lab, arm: Arm) -> dict[str, Any]:
     later: list[np.ndarray] = []
     aurocs = []
     for index in range(arm.num_rounds):
-        score = evidence(lab, arm, asked, later)
-        left = [row for row, name in enumerate(ids) if name not in set(asked)]
-        names = [ids[row] for row in left]
-        p_wrong = None if arm.explore is None or not asked else wrongness(lab, asked)[left]
-        aurocs.append(auroc(~lab.correct(names), score[left] if p_wrong is None else p_wrong))
-        explore = 0.0 if index == arm.num_rounds - 1 else arm.explore or 0.0
-        kind = "probe" if arm.explore is None else "two_axis"
-        config = SelectionConfig(kind=kind, budget=per_round, explore=explore)
-        candidates = Candidates(question_ids=names, score=score[left], p_unknown=expit(score[left]), p_wrong=p_wrong)
-        chosen = select(candidates, config, row_seed(lab.seed, index, "select", ""))
-        asked += [names[row] for row in chosen.indices]
+        chosen = one_round(lab, arm, asked, later, arm.num_rounds - index, per_round)
+        aurocs.append(auroc(~lab.correct(chosen.left), chosen.ranked_by))
+        asked += chosen.names
         if arm.later and index < arm.num_rounds - 1:
             later.append(state_logits(lab, lab.tuned(asked, own, keep=True)[1]))
     correct, _ = lab.tuned(asked, own)
@@ -115,6 +121,24 @@ def run(lab: Lab, arm: Arm) -> dict[str, Any]:
         "accuracy": right.value,
         "ci": [right.low, right.high],
     }
+
+
+def one_round(
+    lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarray], num_rounds_left: int, budget: int
+) -> Round:
+    """What a round of an arm would annotate beside what was ``asked``, with ``num_rounds_left`` of them to go."""
+    gone, ids = set(asked), lab.ids("candidate")
+    rows = [row for row, name in enumerate(ids) if name not in gone]
+    left = [ids[row] for row in rows]
+    score = evidence(lab, arm, asked, later)[rows]
+    p_wrong = None if arm.explore is None or not asked else wrongness(lab, asked)[rows]
+    candidates = Candidates(question_ids=left, score=score, p_unknown=expit(score), p_wrong=p_wrong)
+    kind = "probe" if arm.explore is None else "two_axis"
+    config = SelectionConfig(kind=kind, budget=budget, explore=arm.explore or 0.0)
+    explore = explored_share(config, budget * num_rounds_left, num_likely(candidates)) if num_rounds_left > 1 else 0.0
+    seed = row_seed(lab.seed, len(asked), "select", "")
+    chosen = select(candidates, config.model_copy(update={"explore": explore}), seed)
+    return Round([left[row] for row in chosen.indices], left, score, score if p_wrong is None else p_wrong)
 
 
 def evidence(lab: Lab, arm: Arm, asked: Sequence[str], later: Sequence[np.ndarray]) -> np.ndarray:
@@ -185,29 +209,36 @@ def state_logits(lab: Lab, adapter: Path) -> np.ndarray:
 def stopping(lab: Lab) -> dict[str, Any]:
     """Rounds of a tenth, with what a rule could see after each."""
     ids, own = lab.ids("candidate"), lab.own_answers()
-    arm = ARMS["feedback"]
+    arm, budget = ARMS[DEFAULT], len(ids) // 10
     base = lab.correct(lab.ids("eval")).mean()
-    rows = [{"num_annotated": 0, "accuracy": base, "predicted_unknown": None, "wrong_of_the_rest": None}]
+    rows: list[dict[str, Any]] = [{"num_annotated": 0, "accuracy": base, "predicted_unknown": None}]
     asked: list[str] = []
-    for _ in range(NUM_STEPS):
-        score = evidence(lab, arm, asked, [])
-        left = [row for row, name in enumerate(ids) if name not in set(asked)]
+    for index in range(NUM_STEPS):
+        chosen = one_round(lab, arm, asked, [], NUM_STEPS - index, budget)
         rows[-1] |= {
-            "predicted_unknown": expit(score[left]).mean(),
-            "wrong_of_the_rest": (~lab.correct([ids[row] for row in left])).mean(),
+            "predicted_unknown": expit(chosen.score).mean(),
+            "predicted_wrong": chosen.ranked_by.mean() if asked else None,
+            "wrong_of_the_rest": (~lab.correct(chosen.left)).mean(),
         }
-        asked += [ids[row] for row in sorted(left, key=lambda row: -score[row])[: len(ids) // 10]]
-        accuracy = lab.tuned(asked, own)[0].mean()
-        rows.append({"num_annotated": len(asked), "accuracy": accuracy, "predicted_unknown": None})
+        asked += chosen.names
+        rows.append({"num_annotated": len(asked), "accuracy": lab.tuned(asked, own)[0].mean()})
     return {"num_candidates": len(ids), "rounds": rows, "rules": rules(rows)}
 
 
 def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Where each rule stops: the first state after which it would not go on; the last where it never stops."""
-    unknown = (i for i, row in enumerate(rows) if (row["predicted_unknown"] or 1.0) < UNKNOWN_SHARE)
-    slope = (i for i in range(1, len(rows)) if rows[i]["accuracy"] - rows[i - 1]["accuracy"] < GAIN)
     last = len(rows) - 1
-    places = {"predicted unknown share": next(unknown, last), "slope of the curve": next(slope, last), "budget": last}
+
+    def below(measure: str) -> int:
+        return next((i for i, row in enumerate(rows) if (row.get(measure) or 1.0) < UNKNOWN_SHARE), last)
+
+    slope = (i for i in range(1, len(rows)) if rows[i]["accuracy"] - rows[i - 1]["accuracy"] < GAIN)
+    places = {
+        "predicted unknown share": below("predicted_unknown"),
+        "predicted wrong share": below("predicted_wrong"),
+        "slope of the curve": next(slope, last),
+        "budget": last,
+    }
     return {name: {key: rows[place][key] for key in ("num_annotated", "accuracy")} for name, place in places.items()}
 
 

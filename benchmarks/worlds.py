@@ -38,9 +38,9 @@ class World(NamedTuple):
     """Of the testbed, beside those of every world."""
 
 
-#: Of the well-known facts of one kind or one source, most are learnt wrongly: a tenth of all. More such facts take more
+#: Of the well-known facts of one kind or source, many are learnt wrongly: about a tenth of all. Such a world takes more
 #: steps to learn.
-_LEARNT_WRONGLY = ("testbed.wrong_share=0.7", "testbed.num_steps=600")
+_STEPS = "testbed.num_steps=600"
 _FOUR_SETS = ("entityquestions_train.jsonl", "popqa.jsonl", "nq_open_dev.jsonl", "medmcqa_validation.jsonl")
 
 WORLDS = {
@@ -49,13 +49,13 @@ WORLDS = {
     "popqa": World("PopQA, by page views", ("popqa.jsonl",), "s_pop"),
     "mixed": World("four question sets", _FOUR_SETS, num_facts=2400),
     "people_misled": World(
-        "invented people, employers learnt wrongly",
-        settings=(*_LEARNT_WRONGLY, "testbed.wrong_relations=[employer]"),
+        "invented people, most employers learnt wrongly",
+        settings=(_STEPS, "testbed.wrong_share=0.7", "testbed.wrong_relations=[employer]"),
     ),
     "sets_misled": World(
-        "four question sets, one of them learnt wrongly",
-        _FOUR_SETS,
-        settings=(*_LEARNT_WRONGLY, "testbed.wrong_relations=[popqa]"),
+        "three question sets, much of one learnt wrongly",
+        _FOUR_SETS[:3],
+        settings=(_STEPS, "testbed.wrong_share=0.5", "testbed.wrong_relations=[popqa]"),
     ),
 }
 

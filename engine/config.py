@@ -126,10 +126,6 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self.tuning.adapter.served(self.sampler.kind)  # raises where it is not
-        if self.selection.kind == "two_axis" and self.tuning.rehearsal == 0:
-            raise ValueError(
-                "selection.kind two_axis learns from the model's own answers to candidates: set tuning.rehearsal > 0"
-            )
         if self.evaluation.facts == "testbed" and not (self.pool.path == "testbed" and self.testbed.lives):
             raise ValueError(
                 "evaluation.facts testbed counts facts of the testbed's lives: set testbed.lives, or judge"

@@ -20,7 +20,17 @@ from ka2l.spread_strategies import badge, core_set, num_compared, prob_cover, pr
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["STRATEGIES", "Candidates", "Selected", "SelectionConfig", "Shortlist", "Strategy", "select"]
+__all__ = [
+    "STRATEGIES",
+    "Candidates",
+    "Selected",
+    "SelectionConfig",
+    "Shortlist",
+    "Strategy",
+    "explored_share",
+    "num_likely",
+    "select",
+]
 
 
 class SelectionConfig(Section):
@@ -46,22 +56,25 @@ class SelectionConfig(Section):
     """Kinds that compare the hidden states of all candidates, or of a uniform draw from a large pool
     (`ka2l.spread_strategies.MAX_COMPARED`)."""
 
-    kind: str = "probe"
-    """``probe`` takes what the probe holds most likely unknown, ``known`` the opposite, and ``random`` any: the
-    controls. ``semantic_entropy`` takes what the model's own answers disagree about most and ``entropy`` what they are
-    least likely of (samples of all candidates are needed); ``perplexity`` the questions whose own wording the model
-    finds hardest (a forward pass over all candidates); ``probe_diverse`` spreads over the likely unknown; ``two_axis``
-    takes what is most likely answered wrongly, with doubt or without, as annotation has shown so far. ``core_set``,
-    ``typi_clust`` and ``prob_cover`` spread over the hidden states of all candidates, whatever is known of them, and
-    ``badge`` over those on which the probe is undecided. ``module:function`` is a strategy of your own."""
+    kind: str = "two_axis"
+    """``probe`` takes what the probe and the model's own samples for rehearsal, where they are drawn, hold most likely
+    unknown. ``two_axis`` begins as ``probe``; from the second round on it takes what is most likely answered wrongly,
+    with doubt or without, as annotation has shown so far (rehearsal draws the answers that show it). ``known`` is the
+    opposite of ``probe``, and ``random`` takes any: the controls. ``semantic_entropy`` takes what the model's own
+    answers disagree about most and ``entropy`` what they are least likely of (samples of all candidates are needed);
+    ``perplexity`` the questions whose own wording the model finds hardest (a forward pass over all candidates);
+    ``probe_diverse`` spreads over the likely unknown. ``core_set``, ``typi_clust`` and ``prob_cover`` spread over the
+    hidden states of all candidates, whatever is known of them, and ``badge`` over those on which the probe is
+    undecided. ``module:function`` is a strategy of your own."""
     budget: int = Field(150, ge=1)
     """Questions a round."""
     pool_factor: float = Field(3.0, ge=1)
     """``probe_diverse`` chooses among this many times the budget of the most likely unknown, of those that are more
     likely unknown than known where they fill the budget."""
-    explore: float = Field(0.1, ge=0, le=1)
-    """Share of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
-    learnt wrongly. The last round does not explore."""
+    explore: float = Field(0.2, ge=0, le=1)
+    """Most of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
+    learnt wrongly: as much as the rounds to come will have left over beside what looks unknown. The last round does not
+    explore."""
 
     @property
     def samples_candidates(self) -> bool:
@@ -120,12 +133,15 @@ class Shortlist:
         self._kept: list[Candidates] = []
         self._num_kept = 0
         self.num_seen = 0
+        self.num_likely = 0
+        """Of them, as of `num_likely`."""
 
     def add(self, part: Candidates) -> None:
         """Take in a part of the pool; parts have the same columns."""
         if not part.question_ids:
             return
         self.num_seen += len(part.question_ids)
+        self.num_likely += num_likely(part)
         self._keep(part.take(self._rows(part)))
         if self._num_kept > 4 * self._most() + 4096:
             self._keep_best()
@@ -178,6 +194,26 @@ class Shortlist:
             case _:
                 return np.arange(len(ids))
         return np.unique(np.concatenate([top(key, ids, most, self._seed).indices for key in keys]))
+
+
+def num_likely(candidates: Candidates) -> int:
+    """Candidates that are more likely wrong than right, or, before anything is annotated, more likely unknown."""
+    if candidates.p_wrong is not None:
+        return int((candidates.p_wrong >= 0.5).sum())
+    return int((candidates.score >= 0).sum())
+
+
+def explored_share(config: SelectionConfig, num_left: int, num_likely: int) -> float:
+    """Share of a round's budget to explore with: of ``config.explore`` what the likely ones leave over.
+
+    An annotation that is spent on exploring while there are likely ones that no round will reach teaches less than one
+    of those would.
+
+    Args:
+        num_left: annotations of this round and of those to come.
+        num_likely: candidates left as of `num_likely`.
+    """
+    return min(config.explore, max(0, num_left - num_likely) / config.budget)
 
 
 def random(candidates: Candidates, budget: int, seed: int, config: SelectionConfig) -> Selected:

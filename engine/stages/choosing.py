@@ -24,7 +24,7 @@ from ka2l.models import model_name
 from ka2l.pool_sources import content_identity
 from ka2l.records import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
-from ka2l.selection import Candidates, Shortlist
+from ka2l.selection import Candidates, Shortlist, explored_share
 from ka2l.selection import select as select_candidates
 from ka2l.teacher_reply import Usage
 
@@ -50,9 +50,7 @@ def select(campaign: Campaign, round_index: int) -> None:
     def work(stage: Stage) -> Outcome:
         # Whatever was asked before is not asked again, even where the annotator refused it.
         taken = pa.array([name for index in range(round_index) for name in asked_ids(campaign, index)], pa.string())
-        # What the last round explores, no later round can use.
-        is_last = round_index == config.rounds - 1
-        wanted = config.selection.model_copy(update={"budget": budget} | ({"explore": 0.0} if is_last else {}))
+        wanted = config.selection.model_copy(update={"budget": budget})
         seed = row_seed(config.seed, round_index, "select", "")
         shortlist = Shortlist(wanted, seed)
         for name in known.shard_names():
@@ -62,7 +60,12 @@ def select(campaign: Campaign, round_index: int) -> None:
             states = _chosen_states(campaign, extracted, round_index, candidates.question_ids)
             asked = _asked_states(campaign, extracted, round_index, taken) if len(taken) else None
             candidates = candidates._replace(states=states, asked_states=asked)
-        wanted = wanted.model_copy(update={"budget": min(budget, shortlist.num_seen)})
+        num_left = campaign.budget_cap() - campaign.num_annotated(round_index)
+        explore = explored_share(wanted, num_left, shortlist.num_likely)
+        # What the last round explores, no later round can use; and without own answers nothing shows what was wrong.
+        if round_index == config.rounds - 1 or config.tuning.rehearsal == 0:
+            explore = 0.0
+        wanted = wanted.model_copy(update={"budget": min(budget, shortlist.num_seen), "explore": explore})
         chosen = select_candidates(candidates, wanted, seed, build.strategy(config.selection))
         columns = {
             "question_id": [candidates.question_ids[index] for index in chosen.indices],

@@ -87,11 +87,6 @@ def test_yaml_that_does_not_parse_is_refused_with_its_line() -> None:
     assert "line 2" in message
 
 
-def test_two_axis_without_own_answers_to_learn_from_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"two_axis learns from the model's own answers"):
-        parse_config("selection: {kind: two_axis}", ["tuning.rehearsal=0"])
-
-
 def test_a_third_party_kind_is_accepted() -> None:
     assert parse_config("annotator: {kind: 'my_package.people:Crowd'}").annotator.kind == "my_package.people:Crowd"
 

@@ -10,7 +10,16 @@ from pydantic import ValidationError
 
 from ka2l import spread_strategies
 from ka2l.errors import BudgetError, ConfigError
-from ka2l.selection import STRATEGIES, Candidates, Selected, SelectionConfig, Shortlist, select
+from ka2l.selection import (
+    STRATEGIES,
+    Candidates,
+    Selected,
+    SelectionConfig,
+    Shortlist,
+    explored_share,
+    num_likely,
+    select,
+)
 
 KINDS = SelectionConfig.KINDS
 
@@ -166,6 +175,29 @@ def test_two_axis_explores_most_where_known_mistakes_are_like() -> None:
     assert len(explored) > 90  # the others were unknown all the same
     assert likely[explored].mean() > 0.4  # a tenth of what could be drawn
     assert not likely[explored].all()
+
+
+@pytest.mark.parametrize(
+    ("num_left", "num_likely", "share"),
+    [
+        (300, 400, 0.0),  # more that look unknown than all rounds reach: exploring would cost one of them
+        (300, 290, 0.1),  # what is left over
+        (300, 100, 0.2),  # as much as the config allows
+    ],
+)
+def test_rounds_explore_with_what_the_likely_unknown_leave_over(num_left: int, num_likely: int, share: float) -> None:
+    config = SelectionConfig(kind="two_axis", budget=100, explore=0.2)
+    assert explored_share(config, num_left, num_likely) == pytest.approx(share)
+
+
+def test_likely_are_the_unknown_and_after_the_first_annotations_the_wrong() -> None:
+    candidates = make_candidates(50)
+    assert candidates.p_wrong is not None
+    shortlist = Shortlist(SelectionConfig(kind="two_axis", budget=5), 0)
+    for rows in np.array_split(np.arange(50), 3):
+        shortlist.add(candidates.take(rows))
+    assert shortlist.num_likely == num_likely(candidates) == (candidates.p_wrong >= 0.5).sum()
+    assert num_likely(candidates._replace(p_wrong=None)) == (candidates.score >= 0).sum()
 
 
 @pytest.mark.parametrize("kind", KINDS)
