@@ -34,8 +34,10 @@ from ka2l.selection import STRATEGIES, SelectionConfig, select
 
 #: Shares of the candidates that are annotated.
 BUDGETS = (0.125, 0.25, 0.5)
-#: What is compared with all others.
+#: What is compared with all others: what the default, ``two_axis``, is in a single round.
 DEFAULT = "probe"
+#: What ``two_axis`` would draw from what looks known if rounds were to come, with budget to spare.
+EXPLORE = 0.1
 #: Arms that rank by a score of their own.
 BY_SCORE = ("probe_alone", "first_token")
 ARMS = (*sorted(STRATEGIES), *BY_SCORE, "random_alone")
@@ -72,7 +74,7 @@ def curves(lab: Lab) -> dict[str, Any]:
         seen = candidates._replace(score=scores.get(arm, candidates.score))
         kind = "probe" if arm in BY_SCORE else arm.removesuffix("_alone")
         for share in BUDGETS:
-            config = SelectionConfig(kind=kind, budget=round(share * len(ids)))
+            config = SelectionConfig(kind=kind, budget=round(share * len(ids)), explore=EXPLORE)
             chosen = select(seen, config, seed)
             names = [ids[row] for row in chosen.indices]
             point = {"num_annotated": len(names), "num_wrong": int((~lab.correct(names)).sum())}

@@ -18,6 +18,7 @@ NAMES = {
     "random_alone": "random, without rehearsal",
     "probe_alone": "probe, by its forward pass alone",
     "first_token": "least confident first token, no probe",
+    "two_axis": "two_axis, exploring for rounds to come",
 }
 
 
@@ -27,11 +28,14 @@ def section(result: dict[str, Any]) -> Section:
     parts = [
         f"""All strategies rank the same candidates by what the base model shows, once for each budget ({budgets} of
 the candidates); the same tuner with the same rehearsal follows, and unseen paraphrases of all candidates' facts are
-graded. `probe` and what builds on it count, beside the probe's forward pass, how far the samples disagree that are
-drawn for that rehearsal. The area is that under the learning curve from no annotation to the largest budget, divided by
-its width: mean accuracy over budgets. Ahead: how far `{DEFAULT}`, the default, is in front, paired over seeds, with the
-p-value of a t-test. Why is mostly told by the middle columns: how many of the annotated questions the base model
-answers wrongly, by budget. Annotations of right answers teach nothing."""
+graded. `probe`, which the default, `two_axis`, is in a single round, counts, beside its forward pass, how far the
+samples disagree that are drawn for that rehearsal; `semantic_entropy` and `entropy` read the same samples of every
+candidate. The row `two_axis` has explored a tenth for rounds that do not come here:
+[rounds](#rounds-which-evidence-lets-several-win-over-one) show what that is for. The area is that under the learning
+curve from no annotation to the largest budget, divided by its width: mean accuracy over budgets. Ahead: how far
+`{DEFAULT}` is in front, paired over seeds, with the p-value of a t-test. Why is mostly told by the middle columns:
+how many of the annotated questions the base model answers wrongly, by budget. Annotations of right answers teach
+nothing."""
     ]
     charts = {}
     for world, compared in result["comparison"].items():
@@ -114,7 +118,7 @@ def losses(result: dict[str, Any]) -> list[str]:
         ]
         if close and num_seeds > 1:
             found.append(
-                f"On {title} the default's lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
+                f"On {title} `{DEFAULT}`'s lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
                 f"(p >= {ALPHA} over {num_seeds} seeds)."
             )
         half = compared["half_budget"]

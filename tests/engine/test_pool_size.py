@@ -121,7 +121,7 @@ def begin(tmp_path: Path) -> Begin:
         Path(run.path).mkdir()
         config = RunConfig.model_validate(
             {
-                "rounds": 2,
+                "rounds": 60,  # which leave annotations over for exploring
                 "shard_rows": shard_rows,
                 "model": {"path": "nobody/nothing"},
                 "probe": {"kind": "linear", "num_epochs": 10, "num_bootstrap": 20},
