@@ -32,14 +32,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from lab import Lab
 from scipy.special import expit, logit
-from scipy.stats import t, ttest_rel
 from worlds import measure_worlds
 
 from ka2l.candidates import Candidates
 from ka2l.correctness import fit_correctness
 from ka2l.evidence import combine
 from ka2l.labels import label_questions
-from ka2l.metrics import auroc, proportion_with_ci
+from ka2l.metrics import auroc, mean_with_ci, proportion_with_ci
 from ka2l.probe import fit_probe
 from ka2l.seeds import row_seed
 from ka2l.selection import SelectionConfig, explored_share, num_likely, select
@@ -97,8 +96,8 @@ ARMS = {
 }
 
 
-def run(lab: Lab, arm: Arm) -> dict[str, Any]:
-    """Rounds of one arm, and what they come to."""
+def run(lab: Lab, arm: Arm) -> tuple[dict[str, Any], np.ndarray]:
+    """Rounds of one arm: what they come to, and whether each eval question is answered rightly, shape (num_eval,)."""
     ids, own = lab.ids("candidate"), lab.own_answers()
     share = BUDGET_MISLED if lab.config.testbed.wrong_share else BUDGET
     per_round = round(share * len(ids)) // arm.num_rounds
@@ -118,9 +117,10 @@ def run(lab: Lab, arm: Arm) -> dict[str, Any]:
         "num_wrong_found": int((~lab.correct(asked)).sum()),
         "num_wrong": int((~lab.correct(ids)).sum()),
         "auroc_wrong_of_the_rest": aurocs,
+        "num_eval": len(correct),
         "accuracy": right.value,
         "ci": [right.low, right.high],
-    }
+    }, correct
 
 
 def one_round(
@@ -243,24 +243,37 @@ def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def compare(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every arm less one round, paired over seeds."""
-    final = {name: np.array([found["arms"][name]["accuracy"] for found in runs.values()]) for name in ARMS}
+    """Every arm less one round, paired over eval questions (a bootstrap over all testbeds' questions), and by seed."""
     table: dict[str, Any] = {}
-    for name, values in final.items():
-        ahead = values - final["one_round"]
-        p_value = float(ttest_rel(values, final["one_round"]).pvalue) if len(values) > 1 and ahead.any() else None
-        half = float(t.ppf(0.975, len(ahead) - 1) * ahead.std(ddof=1) / np.sqrt(len(ahead))) if len(ahead) > 1 else None
-        ci = None if half is None else [ahead.mean() - half, ahead.mean() + half]
-        table[name] = {"accuracy": values.mean(), "ahead_of_one_round": ahead.mean(), "ci": ci, "p": p_value}
+    for name in ARMS:
+        found = [made["arms"][name] for made in runs.values()]
+        pairs = [paired(arm) for arm in found]
+        estimate = mean_with_ci(np.concatenate(pairs), 0)
+        table[name] = {
+            "accuracy": np.mean([arm["accuracy"] for arm in found]),
+            "ahead_of_one_round": estimate.value,
+            "ci": [estimate.low, estimate.high],
+            "by_seed": [pair.mean() for pair in pairs],
+        }
     return table
+
+
+def paired(arm: Mapping[str, Any]) -> np.ndarray:
+    """1 for each eval question that is right by this arm alone, -1 by one round alone, else 0. Shape (num_eval,)."""
+    better, worse = arm["num_better"], arm["num_worse"]
+    return np.repeat([1, -1, 0], [better, worse, arm["num_eval"] - better - worse])
 
 
 def figures(lab: Lab) -> dict[str, Any]:
     """All arms of one lab, and the rules that stop."""
     found: dict[str, Any] = {"base": lab.correct(lab.ids("eval")).mean(), "arms": {}}
+    control: np.ndarray | None = None
     for name, arm in ARMS.items():
-        found["arms"][name] = run(lab, arm)
-        print(lab.folder.name, name, found["arms"][name], flush=True)
+        made, correct = run(lab, arm)
+        control = correct if control is None else control
+        made |= {"num_better": int((correct & ~control).sum()), "num_worse": int((~correct & control).sum())}
+        found["arms"][name] = made
+        print(lab.folder.name, name, made, flush=True)
     return found | {"stopping": stopping(lab)}
 
 

@@ -11,6 +11,8 @@ from worlds import WORLDS
 
 #: Of several rounds: what a run does unless told otherwise.
 DEFAULT = "two_axis"
+#: What rounds are compared with.
+CONTROL = "one_round"
 
 TITLE = "Rounds: which evidence lets several win over one?"
 COMMAND = "python benchmarks/bench_rounds.py --worlds people_misled sets_misled people entity_questions --seeds 0 1 2"
@@ -49,16 +51,17 @@ def described(runs: list[dict[str, Any]], comparison: dict[str, Any], settings: 
                 figure(mean(row["num_wrong_found"] / row["num_annotated"] for row in found)),
                 figure(mean(row["auroc_wrong_of_the_rest"][-1] for row in found)),
                 figure(compared["accuracy"]),
-                "" if arm == "one_round" else interval(compared["ahead_of_one_round"], compared["ci"], sign=True),
+                "" if arm == CONTROL else interval(compared["ahead_of_one_round"], compared["ci"], sign=True),
+                "" if arm == CONTROL else ", ".join(f"{value:+.3f}" for value in compared["by_seed"]),
             ]
         )
     share = mean(run["arms"]["one_round"]["num_annotated"] / run["stopping"]["num_candidates"] for run in runs)
     return f"""{percent(share)} of the candidates annotated, at once or in {settings["num_rounds"]} rounds, tuned
 from the base model each time; {len(runs)} {"testbeds" if len(runs) > 1 else "testbed"}. Wrong: the share of the
 annotations that went to what the base model answers wrongly; AUROC for wrong answers among the rest, before the last
-selection; accuracy on unseen paraphrases, and how far it is ahead of one round.
+selection; accuracy on unseen paraphrases, and how far it is ahead of one round, paired over eval questions.
 
-{table(["arm", "wrong", "AUROC", "accuracy", "ahead of one round"], rows)}
+{table(["arm", "wrong", "AUROC", "accuracy", "ahead of one round", "by testbed"], rows)}
 
 {stopping(runs, settings)}"""
 
