@@ -229,13 +229,15 @@ def rules(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Where each rule stops: the first state after which it would not go on; the last where it never stops."""
     last = len(rows) - 1
 
-    def below(measure: str) -> int:
-        return next((i for i, row in enumerate(rows) if (row.get(measure) or 1.0) < UNKNOWN_SHARE), last)
+    def below(*measures: str) -> int:
+        """The first state in which all of these are small; None is not."""
+        shares = ([row.get(name) for name in measures] for row in rows)
+        return next((i for i, given in enumerate(shares) if all((x or 1.0) < UNKNOWN_SHARE for x in given)), last)
 
     slope = (i for i in range(1, len(rows)) if rows[i]["accuracy"] - rows[i - 1]["accuracy"] < GAIN)
     places = {
-        "predicted unknown share": below("predicted_unknown"),
-        "predicted wrong share": below("predicted_wrong"),
+        "predicted unknown": below("predicted_unknown"),
+        "predicted unknown or wrong": below("predicted_unknown", "predicted_wrong"),
         "slope of the curve": next(slope, last),
         "budget": last,
     }

@@ -203,10 +203,14 @@ class Campaign:
         rules = self.config.stopping
         if not round_index:
             return None
-        predicted = self.stage("knowledge", round_index).require().metrics.get("predicted_unknown")
-        if rules.unknown_share is not None and predicted is not None and predicted < rules.unknown_share:
+        metrics = self.stage("knowledge", round_index).require().metrics
+        predicted = {name: metrics.get(f"predicted_{name}") for name in ("unknown", "wrong")}
+        known = {name: share for name, share in predicted.items() if share is not None}
+        # What was learnt wrongly is not unknown, but worth an annotation.
+        if rules.unknown_share is not None and known and max(known.values()) < rules.unknown_share:
+            name, share = max(known.items(), key=lambda item: item[1])
             return (
-                f"{predicted:.1%} of the candidates left is predicted unknown, less than stopping.unknown_share = "
+                f"{share:.1%} of the candidates left is predicted {name}, less than stopping.unknown_share = "
                 f"{rules.unknown_share:g}."
             )
         then, now = (

@@ -49,7 +49,7 @@ class StoppingConfig(Section):
     """When further rounds are not worth their annotations. A rule that is null never ends a run."""
 
     unknown_share: float | None = Field(None, gt=0, lt=1)
-    """End where less than this share of the candidates left is predicted unknown."""
+    """End where less than this share of the candidates left is predicted unknown, and less than it answered wrongly."""
     gain: float | None = Field(None, gt=0, lt=1)
     """End where the last round has raised accuracy on eval questions by less than this."""
 

@@ -69,9 +69,13 @@ selection; accuracy on unseen paraphrases, and how far it is ahead of one round,
 def stopping(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     """Where the rules stop."""
     names = runs[0]["stopping"]["rules"]
+    rules = {
+        "predicted unknown or wrong": " (`stopping.unknown_share`)",
+        "slope of the curve": " (`stopping.gain`)",
+    }
     rows = [
         [
-            name,
+            name + rules.get(name, ""),
             percent(
                 mean(
                     run["stopping"]["rules"][name]["num_annotated"] / run["stopping"]["num_candidates"] for run in runs
@@ -83,7 +87,7 @@ def stopping(runs: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     ]
     return (
         f"When to stop, in rounds of a tenth by the default: where less than {percent(settings['unknown_share'])} of "
-        "the rest is predicted unknown, or wrong, where a round has gained less than "
+        "the rest is predicted unknown, or as little wrong, too, where a round has gained less than "
         f"{percent(settings['gain'])} of accuracy, or never:\n\n" + table(["rule", "annotated", "accuracy"], rows)
     )
 

@@ -257,7 +257,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     where the pool names no facts, or none in common, by its own.
     """
     bought = annotated_ids(campaign, round_index)
-    counts, predicted_unknown, scores = _count_shards(stage, bought)
+    counts, predicted, scores = _count_shards(stage, bought)
     correct = eval_grades(campaign, round_index)
     fact_of, asks = facts_asked(campaign, correct)
     ranked: dict[str | None, float] = {asks[name]: score for name, score in scores(asks).items()}
@@ -270,8 +270,7 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
     metrics: dict[str, Any] = {
         "num_unannotated": len(pairs),
         "unknown_fraction": counts["likely_unknown"] / counts["candidates"] if counts["candidates"] else None,
-        "predicted_unknown": predicted_unknown,
-    }
+    } | predicted
     if pairs:
         wrong, ranks = zip(*pairs, strict=True)
         estimate = auroc_with_ci(
@@ -285,22 +284,25 @@ def _knowledge_metrics(campaign: Campaign, stage: Stage, round_index: int) -> di
 
 def _count_shards(
     stage: Stage, bought: Sequence[str]
-) -> tuple[dict[str, int], float | None, Callable[[Iterable[str]], dict[str, float]]]:
-    """Counts of candidates: in all, ``likely_unknown``, of each quadrant without the annotated, ``unjudged``; mean
-    P(unknown), by the evidence over all states, of those that are not annotated; and how to look up scores."""
+) -> tuple[dict[str, int], dict[str, float | None], Callable[[Iterable[str]], dict[str, float]]]:
+    """Counts of candidates: in all, ``likely_unknown``, of each quadrant without the annotated, ``unjudged``; of those
+    that are not annotated ``predicted_unknown``, mean P(unknown) by the evidence over all states, and
+    ``predicted_wrong``, mean P(wrong), None where one is not judged; and how to look up scores."""
     counts = dict.fromkeys(["candidates", "likely_unknown", "unjudged", *QUADRANTS], 0)
     names = sorted(stage.finished_shards())
     annotated = pa.array(bought, pa.string())
-    num_left, sum_left = 0, 0.0
+    num_left, num_judged, sum_unknown, sum_wrong = 0, 0, 0.0, 0.0
     for name in names:
-        columns = ["question_id", "p_unknown", "quadrant", "score"]
+        columns = ["question_id", "p_unknown", "p_wrong", "quadrant", "score"]
         table = read_shard(stage.url, name, columns, pc.field("split") == "candidate")
         counts["candidates"] += table.num_rows
         counts["likely_unknown"] += pc.sum(pc.greater_equal(table["p_unknown"], 0.5)).as_py() or 0
         counts["unjudged"] += table["quadrant"].null_count
         left = table.filter(pc.invert(pc.is_in(table["question_id"], annotated)))
         num_left += left.num_rows
-        sum_left += float(expit(left["score"].to_numpy()).sum())
+        num_judged += left.num_rows - left["p_wrong"].null_count
+        sum_unknown += float(expit(left["score"].to_numpy()).sum())
+        sum_wrong += pc.sum(left["p_wrong"]).as_py() or 0.0
         for item in pc.value_counts(left["quadrant"]).to_pylist():
             if item["values"] is not None:
                 counts[item["values"]] += item["counts"]
@@ -309,4 +311,8 @@ def _count_shards(
         tables = [read_shard(stage.url, name, ["question_id", "score"], among(ids)) for name in names]
         return by_id(pa.concat_tables(tables), "score")
 
-    return counts, sum_left / num_left if num_left else None, scores
+    predicted = {
+        "predicted_unknown": sum_unknown / num_left if num_left else None,
+        "predicted_wrong": sum_wrong / num_left if num_left and num_judged == num_left else None,
+    }
+    return counts, predicted, scores

@@ -18,13 +18,18 @@ from ka2l.models import ModelConfig
 
 
 def campaign(
-    folder: Path, accuracy: tuple[float, float] = (0.5, 0.6), predicted: float | None = 0.2, **stopping: float
+    folder: Path,
+    accuracy: tuple[float, float] = (0.5, 0.6),
+    predicted: float | None = 0.2,
+    wrong: float | None = None,
+    **stopping: float,
 ) -> Campaign:
     """A campaign whose second state has been measured."""
     run = RunDirectory(folder / "run")
     Path(run.path).mkdir()
     for index, value in enumerate(accuracy):
-        for name, metrics in (("cluster", {"accuracy": value}), ("knowledge", {"predicted_unknown": predicted})):
+        known = {"predicted_unknown": predicted, "predicted_wrong": wrong}
+        for name, metrics in (("cluster", {"accuracy": value}), ("knowledge", known)):
             stage = run.stage(name, index)
             stage.begin("f", {}, {})
             stage.commit(wanted="f", config={}, inputs={}, metrics=metrics, cost={}, seed=0, seconds=1.0)
@@ -41,6 +46,15 @@ def test_it_is_enough_where_little_of_the_rest_is_predicted_unknown(tmp_path: Pa
     reason = campaign(tmp_path, unknown_share=share).enough(1)
     assert (reason is not None) == ends
     assert reason is None or "20.0% of the candidates left is predicted unknown" in reason
+
+
+@pytest.mark.parametrize(("share", "ends"), [(0.29, False), (0.31, True)])
+def test_it_is_not_enough_where_annotation_has_shown_that_more_is_wrong(
+    tmp_path: Path, share: float, ends: bool
+) -> None:
+    reason = campaign(tmp_path, wrong=0.3, unknown_share=share).enough(1)
+    assert (reason is not None) == ends
+    assert reason is None or "30.0% of the candidates left is predicted wrong" in reason
 
 
 @pytest.mark.parametrize(("gain", "ends"), [(0.09, False), (0.11, True)])
@@ -77,7 +91,8 @@ def test_a_run_that_has_enough_is_complete_with_its_last_state_measured(
     assert ended.returncode == 0, ended.stderr
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["status"] == "complete"
-    assert "predicted unknown, less than stopping.unknown_share" in summary["reason"]
+    assert 0 < known["predicted_wrong"] < 1
+    assert ", less than stopping.unknown_share" in summary["reason"]
     assert [row["num_annotated"] for row in summary["rounds"]] == [0, 12]
     assert summary["rounds"][-1]["accuracy"] is not None
     assert not (run_dir / "round-001" / "select").exists()
