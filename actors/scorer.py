@@ -10,7 +10,9 @@ import pyarrow as pa
 
 from actors.host import Stats
 from ka2l.adaptive_sampling import expected_entropy
-from ka2l.equivalence import Equivalence, cluster_answers, grade_answers
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import Equivalence
+from ka2l.grading import grade_answers
 from ka2l.prompts import encode_messages
 from ka2l.records import CLUSTERS
 from ka2l.sampling import Request, Sampler

@@ -24,8 +24,8 @@ from arms import WITHOUT_DECODER, run_arm, seeded_parser
 from machine import write_result
 
 from engine.artifacts import RunDirectory
-from engine.cli import cache_dir
 from engine.config import load_config
+from engine.launch import cache_dir
 from ka2l.metrics import mean_with_ci
 from ka2l.testbed import cached_testbed
 

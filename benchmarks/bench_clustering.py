@@ -30,14 +30,8 @@ from lab import Lab
 from machine import write_result
 from worlds import WORLDS, open_lab
 
-from ka2l.equivalence import (
-    EmbeddingEquivalence,
-    Equivalence,
-    LexicalEquivalence,
-    NLIEquivalence,
-    cluster_answers,
-    entail_each_other,
-)
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence, entail_each_other
 from ka2l.normalise import surface_key, tokenize
 from ka2l.seeds import row_seed
 

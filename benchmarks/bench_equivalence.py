@@ -28,7 +28,8 @@ from bench_clustering import minilm_directory
 from machine import write_result
 from numpy.typing import NDArray
 
-from ka2l.equivalence import EquivalenceConfig, LexicalEquivalence, grade_answers
+from ka2l.equivalence import EquivalenceConfig, LexicalEquivalence
+from ka2l.grading import grade_answers
 from ka2l.lexical import same_answer
 from ka2l.normalise import tokenize
 

@@ -140,8 +140,8 @@ def main() -> None:
     parser.add_argument("--out", help="result file; in benchmarks/results/overhead where not given")
     options = parser.parse_args()
 
-    from engine.cli import cache_dir
     from engine.config import load_config
+    from engine.launch import cache_dir
     from ka2l.testbed import cached_testbed
 
     print("looking for the testbed, building it where it is not in the cache (minutes)", file=sys.stderr, flush=True)

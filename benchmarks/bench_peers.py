@@ -52,8 +52,9 @@ from peers_answers import (
 from peers_models import save_causal_lm, save_nli_model
 from sides import Side, in_turns, speed, timed
 
-from engine.cli import cache_dir
-from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence, cluster_answers
+from engine.launch import cache_dir
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence
 from ka2l.metrics import auroc_with_ci
 from ka2l.models import ModelConfig, load_tokenizer
 from ka2l.p_true import SolvedExample, option_log_likelihoods, p_true, p_true_prompt, split_examples

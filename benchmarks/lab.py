@@ -21,10 +21,12 @@ from arms import WITHOUT_DECODER
 from scipy.special import logit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from engine.cli import cache_dir
 from engine.config import load_config
-from ka2l.equivalence import LexicalEquivalence, cluster_answers, grade_answers
+from engine.launch import cache_dir
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import LexicalEquivalence
 from ka2l.evidence import combine
+from ka2l.grading import grade_answers
 from ka2l.hidden_states import Extracted, HiddenStateExtractor
 from ka2l.labels import Labels, label_questions, split_seed_questions
 from ka2l.models import ModelConfig, load_tokenizer

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from ka2l.equivalence import ClusterResult, NLIEquivalence, cluster_answers, grade_answers
+from ka2l.clustering import ClusterResult, cluster_answers
+from ka2l.equivalence import NLIEquivalence
+from ka2l.grading import grade_answers
 from ka2l.normalise import same_answer
 from ka2l.sampling import SamplerConfig
 

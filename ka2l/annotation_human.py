@@ -124,7 +124,7 @@ def merge(
     Of several rows of one person to one question the latest counts (of equally late ones the last). A question that
     one person skipped and another answered is answered. People agree where the preferred answer of one means the same
     as any accepted answer of the other; the first person to agree with another shares their cluster, as in
-    :func:`ka2l.equivalence.cluster_answers`, and a question with two clusters is a conflict. The annotation of people
+    :func:`ka2l.clustering.cluster_answers`, and a question with two clusters is a conflict. The annotation of people
     who agree has all their answers and their names, joined by commas, earliest first.
     """
     usable, problems = _usable(tasks, answers, places or [Place("", i + 1) for i in range(len(answers))])

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ka2l.annotation import Annotation
-from ka2l.equivalence import Equivalence, cluster_answers
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import Equivalence
 from ka2l.normalise import surface_key
 from ka2l.prompts import teacher_messages
 from ka2l.teacher_config import TeacherConfig

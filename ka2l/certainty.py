@@ -21,7 +21,7 @@ def fit_stack(scores: np.ndarray, next_token: np.ndarray, targets: np.ndarray, w
 
     Args:
         scores: the probe's, of rows that it was not trained on, shape (n,).
-        next_token: `ka2l.hidden_states.NEXT_TOKEN` of each row, shape (n, 3), nats.
+        next_token: `ka2l.records.NEXT_TOKEN` of each row, shape (n, 3), nats.
         targets: in [0, 1], shape (n,): how far a row is unknown. Not all 0 and not all 1.
         weights: of each row, shape (n,).
 

@@ -15,6 +15,7 @@ from pydantic import field_validator
 from ka2l.adapter import is_prompt_adapter, load_adapter
 from ka2l.errors import ConfigError, ModelError
 from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer
+from ka2l.records import NEXT_TOKEN
 from ka2l.section import Section
 from ka2l.virtual_tokens import expand_cache, num_virtual_tokens, split_state
 
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-#: What is kept of the distribution of the first answer token: its entropy, the likeliest token's log-probability, and
-#: by how much that is ahead of the second's. All nats.
-NEXT_TOKEN = ("entropy", "max_logprob", "margin")
 #: Shorter common prefixes are not worth a forward pass of their own, tokens.
 MIN_SHARED_PREFIX = 16
 #: Bounds the attention scores of one forward pass where prompts are long, tokens with padding.

@@ -191,7 +191,7 @@ def fit_probe(
         sample_weight: weight of each row in the loss, shape (N,).
         targets: what is trained for in place of the labels, in [0, 1], shape (N,): how far the answers disagree. NaN
             for a row's label.
-        next_token: certainty of the first answer token (`ka2l.hidden_states.NEXT_TOKEN`), shape (N, 3); None for a
+        next_token: certainty of the first answer token (`ka2l.records.NEXT_TOKEN`), shape (N, 3); None for a
             probe of states alone.
 
     Returns:

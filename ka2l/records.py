@@ -27,6 +27,10 @@ PURPOSES = ("probe", "eval", "rehearsal", "agreement")
 #: see ``validation``; reported figures come from ``test`` alone.
 PROBE_SPLITS = ("train", "validation", "test")
 
+#: What is kept of the distribution of the first answer token: its entropy, the likeliest token's log-probability, and
+#: by how much that is ahead of the second's. All nats.
+NEXT_TOKEN = ("entropy", "max_logprob", "margin")
+
 
 def _field(name: str, type_: pa.DataType, doc: str, nullable: bool = False) -> pa.Field:
     return pa.field(name, type_, nullable=nullable, metadata={"doc": doc})
@@ -231,7 +235,7 @@ def hidden_states_schema(
 
     Returns:
         ``question_id``, ``split`` and ``states``: a fixed-size list of L * D values, row-major (L, D). The field's
-        metadata ``layers`` names the layers. With ``next_token``, that field of three numbers, too.
+        metadata ``layers`` names the layers. With ``next_token``, NEXT_TOKEN, too.
     """
     value_type = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
     names = ",".join(str(layer) for layer in layers)
@@ -244,7 +248,7 @@ def hidden_states_schema(
     fields = [_ID, _field("split", pa.string(), "one of SPLITS"), states]
     if next_token:
         doc = "of the first answer token: entropy, log-probability of the likeliest, margin to the second; nats"
-        fields.append(_field("next_token", pa.list_(pa.float32(), 3), doc))
+        fields.append(_field("next_token", pa.list_(pa.float32(), len(NEXT_TOKEN)), doc))
     return pa.schema(fields)
 
 

@@ -17,7 +17,7 @@ from engine.artifacts import Stage, read_shard, shard_name, write_shard
 from engine.campaign import Campaign, Outcome, commit_stage
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
-from engine.stages.tables import each_states, kept_questions, load_stage_probe, make_table, states_of
+from engine.stages.tables import among, by_id, each_states, kept_questions, load_stage_probe, make_table, states_of
 from ka2l.decoding import (
     GATES,
     NearestStates,
@@ -77,7 +77,8 @@ def decoded_id(question: str) -> str:
 
 
 def decode(campaign: Campaign, round_index: int) -> None:
-    """Decode the selected questions' states, and variants of them, into new questions; keep those that pass all gates.
+    """Decode the unknown ones' states among the selected, and variants of them, into new questions; keep those that
+    pass all gates.
 
     The gates, in this order: well-formed; not a question of the pool or decoded before, by text and by state; still
     unknown; answerable by the annotator.
@@ -85,21 +86,23 @@ def decode(campaign: Campaign, round_index: int) -> None:
     config = campaign.config
     questions, extracted = campaign.stage("questions"), campaign.stage("extract", round_index)
     probed, chosen = campaign.stage("probe", round_index), campaign.stage("select", round_index)
+    knowing = campaign.stage("knowledge", round_index)
     fitted = campaign.stage("decoder", round_index)
     earlier = [campaign.stage("decode", index) for index in range(round_index)]
     source = campaign.stage("decoder", int(fitted.require().metrics["fitted_round"]))
 
     def work(stage: Stage) -> Outcome:
         layer = int(probed.require().metrics["layer"])
-        parents = chosen.table(["question_id", "rank"]).sort_by("rank")["question_id"].to_pylist()
-        read = states_of(extracted, parents, layer)
+        selected = chosen.table(["question_id", "rank"]).sort_by("rank")["question_id"].to_pylist()
+        p_unknown = by_id(knowing.table(["question_id", "p_unknown"], among(selected)), "p_unknown")
+        read = states_of(extracted, unknown_parents(selected, p_unknown), layer)
         seed = row_seed(config.seed, round_index, "decode", "")
         centre, spread = _moments(extracted, layer)
         noise = float(source.require().metrics["noise"])
         variants = make_variants(read.ids, read.states[:, 0], config.decoder, seed, spread=spread, noise=noise)
         drafts = _Drafts(variants, _decode(campaign, source.round_index, variants, seed, campaign.log_path(stage)))
         cost = _gate_drafts(campaign, round_index, drafts, layer, centre, campaign.log_path(stage))
-        num_wanted = int(config.decoder.share * len(parents))
+        num_wanted = int(config.decoder.share * len(selected))
         kept = _best(drafts, num_wanted)
         drafts.stop(drafts.left, np.isin(drafts.left, kept), "surplus")
         table = drafts.table()
@@ -112,10 +115,18 @@ def decode(campaign: Campaign, round_index: int) -> None:
     fields = {"decoder": config.decoder.result_fields(), "annotator": annotator_fields(campaign)}
     commit_stage(
         campaign, "decode", round_index, config=fields,
-        inputs=[questions, extracted, probed, chosen, fitted, *([source] if source.label != fitted.label else []),
-                *earlier],
+        inputs=[questions, extracted, probed, knowing, chosen, fitted,
+                *([source] if source.label != fitted.label else []), *earlier],
         work=work,
     )  # fmt: skip
+
+
+def unknown_parents(selected: Sequence[str], p_unknown: Mapping[str, float]) -> list[str]:
+    """Of the selected questions those that look unknown, in their order; all where none does.
+
+    What was selected to explore looks known, and so would most of what is decoded from it.
+    """
+    return [name for name in selected if p_unknown[name] >= _UNKNOWN] or list(selected)
 
 
 def _decode(
@@ -166,7 +177,7 @@ def _gate_drafts(
     have = {text: row for row, text in enumerate(table["question"].to_pylist())}
     drafts.stop(rows, np.array([text in have for text in texts]), "malformed")
     rows = drafts.left
-    states, next_token = stored_states(table)[:, 0], stored_next_token(table)
+    states = stored_states(table)[:, 0]
     places = [have[drafts.questions[row]] for row in rows]
     mine = states[places]
     near = NearestStates(mine, centre)
@@ -174,7 +185,7 @@ def _gate_drafts(
         near.add(others)
     near.add(states[[have[text] for text in before if text in have]])
     probe = load_stage_probe(campaign, campaign.stage("probe", round_index))
-    p_unknown = probe.predict(mine, None if next_token is None else next_token[places])
+    p_unknown = probe.predict(mine, stored_next_token(table.take(places)))
     order = np.argsort(-p_unknown, kind="stable")
     new = np.zeros(len(rows), dtype=bool)
     new[order] = near.first_of_kind(order, config.decoder.max_similarity)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from public_probe import chosen, compare, difference, ours, split_by_group
 from public_procedure import ProbeRows, SwiGLUSettings, cluster_pairwise, grid_threshold, random_rows, train_swiglu
 
-from ka2l.equivalence import cluster_answers
+from ka2l.clustering import cluster_answers
 from ka2l.labels import fit_threshold
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from engine import cli
+from engine import cli, cli_benchmark, launch
 from engine.artifacts import RunDirectory
 
 slow = pytest.mark.slow
@@ -31,7 +31,8 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         def no_ray(*_: object) -> None:
             raise AssertionError("Ray was started for a command that cannot work")
 
-        monkeypatch.setattr(cli, "RaySession", no_ray)
+        for module in (cli, cli_benchmark, launch):
+            monkeypatch.setattr(module, "RaySession", no_ray)
         monkeypatch.setattr(sys, "argv", ["ka2l", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()

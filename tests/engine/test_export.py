@@ -19,7 +19,7 @@ import yaml
 from datasets import load_dataset
 from greedy_tokens import greedy_tokens
 
-from engine import cli
+from engine import cli, cli_benchmark, launch
 from engine.artifacts import RunDirectory, shard_name, write_shard
 from engine.export_data import FORMATS
 from ka2l.models import load_causal_lm, load_tokenizer
@@ -67,7 +67,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         def no_ray(*_: object) -> None:
             raise AssertionError("an export needs no cluster")
 
-        monkeypatch.setattr(cli, "RaySession", no_ray)
+        for module in (cli, cli_benchmark, launch):
+            monkeypatch.setattr(module, "RaySession", no_ray)
         monkeypatch.setattr(sys, "argv", ["ka2l", *map(str, words)])
         code = 0
         try:

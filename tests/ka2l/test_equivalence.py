@@ -1,52 +1,35 @@
-"""Equivalence of answers: lexical rules and human verdicts, tiny NLI models, embeddings, judges, clusters, grades."""
+"""Equivalence of answers: lexical rules and human verdicts, tiny NLI models, embeddings, judges."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from relations import Relation
 
+from ka2l.clustering import cluster_answers
 from ka2l.equivalence import (
-    ClusterResult,
     EmbeddingEquivalence,
     Equivalence,
     EquivalenceConfig,
-    Grade,
     JudgeEquivalence,
     LexicalEquivalence,
     NLIEquivalence,
-    cluster_answers,
     entail_each_other,
     entailment_label,
-    grade_answers,
     judge_prompt,
     parse_verdict,
 )
 from ka2l.errors import EngineError, ModelError
+from ka2l.grading import grade_answers
 from ka2l.lexical import answer_marks, same_answer
 from ka2l.normalise import surface_key
-
-
-class Relation:
-    """An equivalence given by any function of two texts; counts what it is asked."""
-
-    def __init__(self, same: Callable[[str, str], bool]) -> None:
-        self.same = same
-        self.asked: list[tuple[str, str, str]] = []
-        self.num_calls = 0
-
-    def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
-        self.num_calls += 1
-        self.asked += zip(questions, left, right, strict=True)
-        return [self.same(a, b) for a, b in zip(left, right, strict=True)]
-
 
 # --- lexical ---------------------------------------------------------------------------------------------------------
 
@@ -457,135 +440,6 @@ def test_judge_asks_each_distinct_pair_once_and_counts_unclear_replies() -> None
 def test_a_judge_that_loses_replies_is_a_fault() -> None:
     with pytest.raises(EngineError, match="1 replies to 2 prompts"):
         JudgeEquivalence(lambda prompts: ["yes"]).equivalent(["q", "q"], ["a", "b"], ["c", "d"])
-
-
-# --- clusters --------------------------------------------------------------------------------------------------------
-
-
-class Plain(NamedTuple):
-    """What the plain algorithm makes of one question's answers."""
-
-    ids: list[int]
-    num_pairs_full: int
-    """Every answer against every representative before it."""
-    num_pairs_needed: int
-    """Distinct answers only, each up to the first representative that takes it."""
-
-
-def greedy_clusters_reference(answers: Sequence[str], same: Callable[[str, str], bool]) -> Plain:
-    """The plain algorithm on one question: every answer against every representative, nothing skipped."""
-    first_spelling: dict[str, str] = {}
-    for answer in answers:
-        first_spelling.setdefault(surface_key(answer), answer)
-
-    def equal(left: str, right: str) -> bool:
-        key_left, key_right = surface_key(left), surface_key(right)
-        if key_left == key_right or not key_left or not key_right:
-            return key_left == key_right
-        return same(first_spelling[key_left], first_spelling[key_right])
-
-    representatives: list[str] = []
-    ids: list[int] = []
-    num_pairs = num_needed = 0
-    for position, answer in enumerate(answers):
-        matches = [equal(answer, representative) for representative in representatives]
-        num_pairs += len(matches)
-        if first_spelling[surface_key(answer)] == answer and answer not in answers[:position] and surface_key(answer):
-            up_to_first = representatives[: matches.index(True) + 1] if any(matches) else representatives
-            num_needed += sum(surface_key(representative) != "" for representative in up_to_first)
-        if any(matches):
-            ids.append(matches.index(True))
-        else:
-            ids.append(len(representatives))
-            representatives.append(answer)
-    return Plain(ids, num_pairs, num_needed)
-
-
-_SPELLINGS = ["a", "A", "a.", "b", "B", "c", "d", " d ", "e", "f", "", "..."]
-
-
-@settings(max_examples=300)
-@given(
-    st.lists(st.lists(st.sampled_from(_SPELLINGS), max_size=12), max_size=4),
-    st.sets(st.tuples(st.sampled_from(_SPELLINGS), st.sampled_from(_SPELLINGS))),
-)
-def test_clusters_equal_the_plain_algorithm_for_any_relation(
-    answers: list[list[str]], related: set[tuple[str, str]]
-) -> None:
-    # The relation is arbitrary: neither reflexive, symmetric nor transitive.
-    relation = Relation(lambda left, right: (left, right) in related)
-    result = cluster_answers([f"q{i}" for i in range(len(answers))], answers, relation)
-    plain = [greedy_clusters_reference(row, relation.same) for row in answers]
-    assert result.ids == [made.ids for made in plain]
-    assert result.num_pairs_full == sum(made.num_pairs_full for made in plain)
-    assert result.num_pairs_asked == len(relation.asked) == sum(made.num_pairs_needed for made in plain)
-    assert len(set(relation.asked)) == len(relation.asked)
-    assert relation.num_calls <= max((len(set(made.ids)) for made in plain), default=0)
-    assert all(surface_key(left) and surface_key(right) for _, left, right in relation.asked)
-
-
-def test_an_answer_that_a_cluster_took_is_not_compared_with_later_representatives() -> None:
-    relation = Relation(lambda left, right: left[0] == right[0])
-    result = cluster_answers(["q0", "q1"], [["ax", "b", "ay", "Ax", "c"], ["c", "cz"]], relation)
-    assert result == ClusterResult([[0, 1, 0, 0, 2], [0, 0]], num_pairs_asked=5, num_pairs_full=8)
-    # Pairs of all questions together, the representative on the right.
-    assert relation.asked == [
-        ("q0", "b", "ax"),
-        ("q0", "ay", "ax"),
-        ("q0", "c", "ax"),
-        ("q1", "cz", "c"),
-        ("q0", "c", "b"),
-    ]
-    assert relation.num_calls == 2
-
-
-def test_nothing_to_cluster_asks_nothing() -> None:
-    relation = Relation(lambda left, right: True)
-    assert cluster_answers([], [], relation) == ClusterResult([], 0, 0)
-    assert cluster_answers(["q"], [[]], relation).ids == [[]]
-    assert cluster_answers(["q"], [["", "a", ".", "A"]], relation).ids == [[0, 1, 0, 1]]
-    assert relation.num_calls == 0
-
-
-# --- grades ----------------------------------------------------------------------------------------------------------
-
-
-def test_grades_ask_only_where_no_reference_matches_exactly() -> None:
-    relation = Relation(lambda left, right: (left, right) == ("Roma", "Rome"))
-    grades = grade_answers(
-        ["q0", "q1", "q2", "q3", "q4"],
-        ["The Rome.", "Roma", "Roma", "", "Rome"],
-        [["Paris", "rome"], ["Paris", "Rome", ""], ["Paris"], ["Rome", ""], []],
-        relation,
-    )
-    assert grades == [
-        Grade(True, True, 1.0),
-        Grade(True, False, 0.0),
-        Grade(False, False, 0.0),
-        Grade(False, False, 0.0),
-        Grade(False, False, 0.0),
-    ]
-    assert relation.num_calls == 1
-    assert relation.asked == [("q1", "Roma", "Paris"), ("q1", "Roma", "Rome"), ("q2", "Roma", "Paris")]
-
-
-def test_an_answer_that_lists_accepted_answers_alone_is_correct() -> None:
-    relation = Relation(lambda left, right: False)
-    accepted = ["Joaquin Phoenix", "Reese Witherspoon", "Simon and Garfunkel"]
-    answers = ["Reese Witherspoon and Joaquin Phoenix.", "Joaquin Phoenix, Tom Cruise", "Simon and Garfunkel", "and"]
-    grades = grade_answers(["who"] * 4, answers, [accepted] * 4, relation)
-    assert [(grade.correct, grade.exact_match) for grade in grades] == [
-        (True, False),
-        (False, False),
-        (True, True),
-        (False, False),
-    ]
-
-
-def test_nothing_to_grade_asks_nothing() -> None:
-    relation = Relation(lambda left, right: True)
-    assert grade_answers(["q"], [""], [["Rome"]], relation) == [Grade(False, False, 0.0)]
-    assert relation.num_calls == 0
 
 
 # --- config ----------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ka2l.equivalence import LexicalEquivalence, cluster_answers
+from ka2l.clustering import cluster_answers
+from ka2l.equivalence import LexicalEquivalence
 from ka2l.semantic_entropy import (
     disagreement,
     disagreement_bounds,

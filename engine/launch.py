@@ -1,0 +1,267 @@
+"""A run from its config to its end: checked, begun or gone on with, executed, and what is said of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from engine.cluster import RaySession, cluster_address
+from ka2l.errors import (
+    AnnotationsPending,
+    ConfigError,
+    HoursUsedUp,
+    KA2LError,
+    ModelError,
+    RunDirectoryError,
+    StaleStageError,
+    first_line,
+)
+
+if TYPE_CHECKING:
+    from engine.artifacts import RunDirectory
+    from engine.campaign import Campaign
+    from engine.config import RunConfig
+    from ka2l.testbed import Testbed, TestbedConfig
+
+console = Console(stderr=True)
+
+
+def begin(
+    source: str, run_dir: str | None, overrides: list[str] | None, *, only_probe: bool, may_go_on: bool = False
+) -> None:
+    """Begin a run with the config that ``source`` names, and execute it.
+
+    Args:
+        only_probe: map what the model knows; nothing is annotated or tuned.
+        may_go_on: go on with a run that is there already, in place of refusing it.
+    """
+    from engine.artifacts import RunDirectory
+    from engine.config import dump_config, load_config
+
+    config = load_config(source, overrides or ())
+    if only_probe:
+        config = config.model_copy(update={"rounds": 0})  # so that nothing is sampled for tuning
+    target = RunDirectory(run_dir or f"runs/{config.name}")
+    if may_go_on and (text := target.read_text("config.yaml")) is not None:
+        with target.lock():
+            go_on(target, config, text)
+        return
+    _refuse_old_run(target)
+    model, pool_path = resolve_testbed(config)
+    check_inputs(config, model, pool_path)
+    with target.lock():
+        _refuse_old_run(target)  # one that began in the meantime
+        target.write_text("mode", "probe" if only_probe else "campaign")
+        target.write_text("config.yaml", dump_config(config))
+        _execute(target, config, only_probe=only_probe)
+
+
+def go_on(target: RunDirectory, config: RunConfig, text: str) -> None:
+    """Go on with a run that was made with the config in ``text``; the caller holds its lock."""
+    from engine.config import dump_config
+
+    target.write_text("config.yaml", dump_config(config))
+    try:
+        _execute(target, config, only_probe=(target.read_text("mode") == "probe"))
+    except StaleStageError:
+        target.write_text("config.yaml", text)
+        raise
+
+
+def _refuse_old_run(target: RunDirectory) -> None:
+    if target.exists():
+        raise RunDirectoryError(
+            f"{target.url} holds a run already",
+            hint=f"Go on with it: ka2l resume {target.url}. Or choose another --run-dir.",
+        )
+
+
+def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> None:
+    from engine import loop
+    from engine.benchmark import LEASES_VARIABLE, leases_from
+    from engine.campaign import Campaign
+    from engine.events import Events
+    from engine.trackers import open_trackers
+
+    model, pool_path = resolve_testbed(config)
+    events = Events(target, console)
+    trackers = open_trackers(config, target, events)
+    events.emit("run_started", pid=os.getpid())
+    campaign = Campaign(config, target, events, model, pool_path, trackers=trackers)
+    if config.rounds and not only_probe:
+        events.say(config.tuning.adapter.served(config.sampler.kind))
+    try:
+        with RaySession(config.ray, f"{target.logs()}/driver.log"), campaign.hours.deadline():
+            campaign.leases, campaign.slice_s = leases_from(os.environ.get(LEASES_VARIABLE))
+            (loop.probe if only_probe else loop.run)(campaign)
+    except HoursUsedUp as used_up:
+        events.say(used_up.message)
+        loop.publish(campaign, "complete", used_up.message)
+    except AnnotationsPending as pending:
+        events.emit("run_paused", reason=pending.message)
+        loop.publish(campaign, "paused", pending.message)
+        raise
+    except BaseException as error:
+        with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
+            events.emit("run_stopped", error=repr(error))
+        if not isinstance(error, KA2LError) or error.exit_code == 1:
+            _note_failure(campaign)
+        raise
+    finally:
+        trackers.finish()
+    events.emit("run_complete")
+    print_summary(target, Console())
+    typer.echo(f"report: {target.url}/report.html")
+
+
+def _note_failure(campaign: Campaign) -> None:
+    from engine.ledger import write_ledger
+    from engine.report import write_report
+
+    try:
+        write_report(campaign.run, "failed")
+        write_ledger(campaign.run)
+    except Exception as error:  # the first error is the one to show
+        campaign.events.say(f"(the report could not be written: {error})")
+
+
+def check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
+    """What can be known to be wrong before anything is written or spent."""
+    from engine.trackers import check_trackers
+    from ka2l.models import check_model_directory, is_directory
+    from ka2l.pool_sources import find_pieces, is_dataset
+
+    cluster_address(config.ray)
+    if config.trackers:
+        check_trackers(config.trackers)
+    if not is_dataset(pool_path):
+        find_pieces(pool_path, ())
+    check_model_directory(model.path)
+    if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
+        check_model_directory(config.annotator.teacher.model)
+    if is_directory(model.path):
+        from ka2l.adapter import check_adapter
+        from ka2l.training import check_tuning
+
+        check_tuning(config.tuning)
+        try:
+            check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"cannot use the model in {model.path}: {first_line(error)}", hint="Check its config.json."
+            ) from error
+
+
+def resolve_testbed(config: RunConfig) -> tuple[Any, str]:
+    """The run's model, and where its pool is; ``testbed`` as what was built of it, which is built where missing."""
+    model, pool_path = config.model, config.pool.path
+    if "testbed" in (model.path, pool_path):
+        built = testbed_in_cache(config.testbed)
+        if model.path == "testbed":
+            model = model.model_copy(update={"path": str(built.model)})
+        if pool_path == "testbed":
+            pool_path = str(built.pool)
+    return model, pool_path
+
+
+def testbed_in_cache(settings: TestbedConfig) -> Testbed:
+    """The testbed of these settings in the user's cache; built where missing, with its progress shown."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ka2l.testbed import cached_testbed
+
+    disable_progress_bar()
+    with Steps("testbed") as progress:
+        return cached_testbed(settings, cache_dir() / "testbeds", progress)
+
+
+def cache_dir() -> Path:
+    """``$KA2L_CACHE``, else ``ka2l`` in the user's cache directory."""
+    if "KA2L_CACHE" in os.environ:
+        return Path(os.environ["KA2L_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ka2l"
+
+
+class Steps:
+    """A progress bar for work that reports (step, num_steps)."""
+
+    def __init__(self, label: str) -> None:
+        from rich.progress import Progress
+
+        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
+        self.label = label
+        self.task: Any = None
+
+    def __enter__(self) -> Steps:
+        self.bar.start()
+        return self
+
+    def __call__(self, step: int, num_steps: int) -> None:
+        if self.task is None:
+            self.task = self.bar.add_task(self.label, total=num_steps)
+            if not console.is_terminal:
+                console.print(f"building the {self.label}: {num_steps} steps", highlight=False)
+        self.bar.update(self.task, completed=step, total=num_steps)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def config_text(target: RunDirectory) -> str:
+    """The config of the run in ``target``, as YAML.
+
+    Raises:
+        RunDirectoryError: there is no run.
+    """
+    text = target.read_text("config.yaml")
+    if text is None:
+        raise RunDirectoryError(f"{target.url} holds no run", hint="Start one: ka2l run CONFIG --run-dir DIR")
+    return text
+
+
+def remove_from(target: RunDirectory, stage_name: str, round_index: int) -> None:
+    """Remove a stage of a round and all that comes after it."""
+    from engine.ledger import POOL_STAGES, ROUND_STAGES
+
+    if stage_name not in POOL_STAGES + ROUND_STAGES:
+        raise ConfigError(f"no stage is called {stage_name!r}", hint=f"Stages: {', '.join(POOL_STAGES + ROUND_STAGES)}")
+    if round_index not in range(max(1, target.num_rounds_begun())):
+        raise RunDirectoryError(
+            f"{target.url} has no round {round_index}", hint="`ka2l status` shows the rounds that were begun."
+        )
+    if stage_name in POOL_STAGES:
+        for name in POOL_STAGES:
+            target.stage(name).remove()
+        round_index, stage_name = 0, ROUND_STAGES[0]
+    for index in range(round_index, target.num_rounds_begun()):
+        first = ROUND_STAGES.index(stage_name) if index == round_index else 0
+        for name in ROUND_STAGES[first:]:
+            target.stage(name, index).remove()
+
+
+def print_summary(target: RunDirectory, out: Console) -> None:
+    """A table of the run's rounds, where there is a summary yet."""
+    text = target.read_text("summary.json")
+    if text is None:
+        return
+    summary = json.loads(text)
+    table = Table("round", "annotated", "accuracy", "kept", "probe AUROC", "seconds", title=f"{summary['status']}")
+    for row in summary["rounds"]:
+        number = lambda value: "" if value is None else f"{value:.3f}"  # noqa: E731
+        forgotten = row.get("forgetting")
+        table.add_row(
+            str(row["round"]),
+            str(row["num_annotated"]),
+            number(row["accuracy"]),
+            number(None if forgotten is None else 1 - forgotten),
+            number((row.get("probe") or {}).get("auroc")),
+            f"{row['cost']['seconds']:.0f}",
+        )
+    out.print(table)
