@@ -109,16 +109,24 @@ def chart(found: dict[str, Any]) -> str:
 
 
 def losses(result: dict[str, Any]) -> list[str]:
-    """Arms of several rounds behind one round, and the default where it is not the best."""
+    """Arms of several rounds that are not ahead of one, and the default where it is not the best."""
     found = []
     for world, compared in result["comparison"].items():
         title = WORLDS[world].title
+        arms = [arm for arm in compared if arm not in (CONTROL, "one_round_probe")]
+        behind = [arm for arm in arms if compared[arm]["ci"][1] < 0]
         found += [
-            f"On {title}, {NAMES[arm]}: {figure(row['accuracy'])}, {figure(-row['ahead_of_one_round'])} below one "
-            "round with as many annotations."
-            for arm, row in compared.items()
-            if row["ahead_of_one_round"] < 0
+            f"On {title}, {NAMES[arm]}: {figure(compared[arm]['accuracy'])}, "
+            f"{figure(-compared[arm]['ahead_of_one_round'])} below one round with as many annotations."
+            for arm in behind
         ]
+        even = [arm for arm in arms if arm not in behind and compared[arm]["ci"][0] <= 0]
+        if even:
+            ahead = [compared[arm]["ahead_of_one_round"] for arm in even]
+            found.append(
+                f"On {title}, {len(even)} of {len(arms)} ways to go in rounds are not shown to beat one round "
+                f"with as many annotations: {figure(min(ahead), sign=True)} to {figure(max(ahead), sign=True)}."
+            )
         best = max(compared, key=lambda arm: compared[arm]["accuracy"])
         if compared[best]["accuracy"] > compared[DEFAULT]["accuracy"]:
             found.append(

@@ -13,6 +13,10 @@ TITLE = "Query strategies: which question is worth an annotation?"
 COMMAND = "python benchmarks/bench_strategies.py --worlds people entity_questions popqa"
 DEFAULT = "probe"
 ALPHA = 0.05
+WHY = (
+    "Each reads the doubt that the model's answers show, so that they ask much the same questions; what differs is "
+    "what reading it takes."
+)
 #: The same arm in a reader's words, where its name does not say it.
 NAMES = {
     "random_alone": "random, without rehearsal",
@@ -101,25 +105,23 @@ def losses(result: dict[str, Any]) -> list[str]:
     """Strategies ahead of the default, or too close to tell; budgets that do not reach everything."""
     found = []
     for world, compared in result["comparison"].items():
-        title = WORLDS[world].title
-        num_seeds = len(result["by_world"][world])
-        ahead = [arm for arm, row in compared["areas"].items() if row["ahead"] < 0]
-        for arm in ahead:
-            row = compared["areas"][arm]
-            certainty = "one seed" if row["p"] is None else f"p = {row['p']:.2g}"
-            found.append(
-                f"On {title} the strategy `{arm}` has the larger area: {figure(row['area'])} against "
-                f"{figure(compared['areas'][DEFAULT]['area'])} of `{DEFAULT}` ({certainty})."
-            )
-        close = [
-            arm
-            for arm, row in compared["areas"].items()
-            if arm not in (*ahead, DEFAULT) and (row["p"] is None or row["p"] >= ALPHA)
+        title, num_seeds = WORLDS[world].title, len(result["by_world"][world])
+        areas = compared["areas"]
+        mine = figure(areas[DEFAULT]["area"])
+        told = [arm for arm, row in areas.items() if row["p"] is not None and row["p"] < ALPHA]
+        found += [
+            f"On {title} the strategy `{arm}` has the larger area: {figure(areas[arm]['area'])} against {mine} of "
+            f"`{DEFAULT}` (p = {areas[arm]['p']:.2g})."
+            for arm in told
+            if areas[arm]["ahead"] < 0
         ]
-        if close and num_seeds > 1:
+        close = sorted((arm for arm in areas if arm not in (*told, DEFAULT)), key=lambda arm: -areas[arm]["area"])
+        if close:
+            listed = ", ".join(f"`{arm}` ({figure(areas[arm]['area'])})" for arm in close)
             found.append(
-                f"On {title} `{DEFAULT}`'s lead over {', '.join(f'`{arm}`' for arm in close)} could be chance "
-                f"(p >= {ALPHA} over {num_seeds} seeds)."
+                f"On {title} `{DEFAULT}`, with an area of {mine}, cannot be told from {listed}: p >= {ALPHA} over "
+                f"{num_seeds} "
+                f"{'seeds' if num_seeds > 1 else 'seed'}. {WHY}"
             )
         half = compared["half_budget"]
         if half["seeds_within_ci_of_all"] < num_seeds:
