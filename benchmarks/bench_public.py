@@ -206,7 +206,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse arguments, run, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("all", "timing", "probes"), default="all")
-    parser.add_argument("--num-questions", type=int, default=600, help="questions (default: %(default)s)")
+    parser.add_argument("--num-questions", type=int, default=1400, help="questions (default: %(default)s)")
     parser.add_argument("--num-samples", type=int, default=10, help="answers a question (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=16, help="longest answer, tokens (default: %(default)s)")
     parser.add_argument("--swiglu-hidden", type=int, default=14336, help="of their probe (default: %(default)s)")
