@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from arms import seeded_parser
-from machine import latest_result, write_result
+from machine import command, latest_result, write_result
 
 from ka2l.evidence import DOUBT_WEIGHT
 from ka2l.metrics import json_safe
@@ -92,10 +93,21 @@ def measure_worlds(
             found = measure(open_lab(world, seed, arguments.work, arguments.data, **lab_options))
             by_world = _measured(question, settings)  # now, since a process beside this one may have added seeds
             by_world.setdefault(world, {})[str(seed)] = json.loads(json.dumps(json_safe(found)))  # as it will be read
-            result: dict[str, Any] = {"settings": settings, "by_world": by_world}
+            result: dict[str, Any] = {"command": command_for(by_world), "settings": settings, "by_world": by_world}
             if compare:
                 result["comparison"] = {name: compare(made) for name, made in by_world.items() if made}
             print(f"written: {write_result(question, result, arguments.out)}", flush=True)
+
+
+def command_for(by_world: Mapping[str, Mapping[str, Any]]) -> str:
+    """What measures all of it from nothing, whatever it was that added the last seed."""
+    worlds: dict[tuple[int, ...], list[str]] = {}
+    for world, by_seed in by_world.items():
+        if by_seed:
+            worlds.setdefault(tuple(sorted(map(int, by_seed))), []).append(world)
+    return " && ".join(
+        command([sys.argv[0], "--worlds", *names, "--seeds", *map(str, seeds)]) for seeds, names in worlds.items()
+    )
 
 
 def _measured(question: str, settings: Mapping[str, Any]) -> dict[str, Any]:
