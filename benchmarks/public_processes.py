@@ -20,7 +20,7 @@ import numpy as np
 from ka2l.clustering import ClusterResult, cluster_answers
 from ka2l.equivalence import NLIEquivalence
 from ka2l.grading import grade_answers
-from ka2l.normalise import same_answer
+from ka2l.lexical import same_answer
 from ka2l.sampling import SamplerConfig
 
 
