@@ -364,7 +364,7 @@ def _worker(stage: str, spec: dict[str, Any], part: Path, barrier: Any, seconds:
 
     torch.set_num_threads(1)
     if stage == "extract":
-        host, _ = _extractor(spec["model"], 5)
+        host, *_ = _extractor(spec["model"], 5)
         _extract_work(host, part / "questions.parquet", part / "states.parquet")  # so that nothing is first
 
         def work() -> None:
