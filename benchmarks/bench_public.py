@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import RESULTS, write_result
+from machine import RESULTS, command, write_result
 
 HERE = Path(__file__).resolve()
 #: People -> what else differs from the quickstart's testbed.
@@ -223,10 +223,13 @@ def main(words: Sequence[str] | None = None) -> None:
     result: dict[str, Any] = {}
     if options.part != "all" and options.out and Path(options.out).exists():
         before = json.loads(Path(options.out).read_text())
-        result = {part: before[part] for part in ("timing", "probes", "settings") if part in before}
+        result = {part: before[part] for part in ("timing", "probes", "settings", "commands") if part in before}
     settings = ["num_samples", "max_tokens", "swiglu_hidden"]
     settings += ["threads"] if options.part != "probes" else []
     result["settings"] = result.get("settings", {}) | {key: getattr(options, key) for key in settings}
+    parts = ["timing", "probes"] if options.part == "all" else [options.part]
+    result["commands"] = result.get("commands", {}) | dict.fromkeys(parts, command(sys.argv))
+    result["command"] = " && ".join(dict.fromkeys(result["commands"].values()))
     if options.part != "probes":
         result["timing"] = timing(options, result.get("timing") if options.more else None)
         result["settings"]["repeats"] = len(result["timing"]["runs"]["ours"])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ka2l.clustering import ClusterResult, cluster_answers
-from ka2l.equivalence import NLIEquivalence
+from ka2l.equivalence import NLIEquivalence, entail_each_other
 from ka2l.grading import grade_answers
 from ka2l.lexical import same_answer
 from ka2l.sampling import SamplerConfig
@@ -40,7 +40,7 @@ class Clock:
 
 
 class RuledCrossEncoder(NLIEquivalence):
-    """A cross-encoder that is asked and paid for, both ways; the verdict is the lexical rule's.
+    """A cross-encoder that is asked and paid for; what it says of a direction is the lexical rule's word.
 
     Its weights are random: they cost what trained ones cost, and say nothing.
     """
@@ -48,9 +48,15 @@ class RuledCrossEncoder(NLIEquivalence):
     num_directed = 0
 
     def _decide(self, triples: list[tuple[str, str, str]]) -> list[bool]:
-        self.num_directed += 2 * len(triples)
-        super()._decide(triples)
-        return [same_answer(q, a, b) and same_answer(q, b, a) for q, a, b in triples]
+        both_ways = [direction for q, a, b in triples for direction in ((q, a, b), (q, b, a))]
+        asked = {(f"{q} {a}", f"{q} {b}"): (q, a, b) for q, a, b in both_ways}
+
+        def entails(pairs: list[tuple[str, str]]) -> list[bool]:
+            self.num_directed += len(pairs)
+            self._entails(pairs)
+            return [same_answer(*asked[pair]) for pair in pairs]
+
+        return entail_each_other(triples, entails)
 
 
 def sampler_config(spec: dict[str, Any]) -> SamplerConfig:
