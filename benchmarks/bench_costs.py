@@ -38,7 +38,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_public import testbed_of
-from machine import write_result
+from machine import command, write_result
 
 HERE = Path(__file__).resolve()
 STAGES = ("sample", "cluster", "extract", "label", "probe", "knowledge", "select", "tune", "workers")
@@ -47,7 +47,7 @@ POOLS = (500, 1000, 2000, 4000, 8000)
 #: Factors that a stage's cost can depend on, with the values to try. Where a stage is slow, fewer.
 FACTORS: dict[str, dict[str, tuple[int, ...]]] = {
     "sample": {"num_questions": (500, 1000, 2000, 4000), "num_samples": (2, 5, 10, 20)},
-    "cluster": {"num_questions": POOLS, "num_samples": (2, 5, 10, 20)},
+    "cluster": {"num_questions": (500, 1000, 2000, 4000), "num_samples": (2, 5, 10, 20)},
     "extract": {"num_questions": POOLS, "num_layers": (1, 2, 5)},
     "label": {"num_questions": POOLS},
     "probe": {"num_questions": POOLS, "num_layers": (1, 2, 5), "width": (96, 192, 384, 768)},
@@ -92,7 +92,9 @@ def main() -> None:
                       file=sys.stderr, flush=True)  # fmt: skip
             # After every process: one that fails later takes nothing with it.
             points.sort(key=lambda point: STAGES.index(point["job"]))
-            result = {"default": DEFAULT, "points": points}
+            result: dict[str, Any] = {"default": DEFAULT, "points": points}
+            if {point["job"] for point in points} == set(STAGES):  # whatever stages were measured last
+                result["command"] = command([sys.argv[0]])
             path = write_result("costs", result, options.out)
     print(f"written: {path}")
 
