@@ -5,7 +5,8 @@ A lab's model (see ``lab.py``), which was shown some facts often, some a little 
 many times at temperature 1; the answers are clustered by what `ka2l.equivalence` does and by two full procedures. Calls
 are counted as the equivalence makes them: a directed entailment is one forward pass, any other verdict on a pair one.
 
-    python benchmarks/bench_clustering.py --world entity_questions
+    python benchmarks/bench_clustering.py
+    python benchmarks/bench_clustering.py --world entity_questions   # real facts: a question of its own
 
 About four minutes on two cores, the lab's testbed apart. No NLI model comes with this project: entailment is stood in
 for by containment of words and by a small BERT with random weights, which say nothing about meaning but ask, and answer
@@ -276,7 +277,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, nargs="+", default=[5, 10, 20], help="answers a question")
     parser.add_argument("--seed", type=int, default=0, help="of testbed and answers")
     parser.add_argument("--work", type=Path, default=Path("runs/bench_clustering"), help="where the lab goes; kept")
-    parser.add_argument("--out", help="result file; where not given, the day's under benchmarks/results/clustering")
+    parser.add_argument("--out", help="result file; where not given, the day's of the world's question")
     arguments = parser.parse_args()
     most = max(arguments.num_samples)
     lab = open_lab(arguments.world, arguments.seed, arguments.work, arguments.data, num_samples=most)
@@ -300,7 +301,8 @@ def main() -> None:
             print(name, count, json.dumps({k: v for k, v in measured.items() if k != "questions"}), flush=True)
     example = random.Random(0).sample(range(len(sampled.questions)), 3)
     print(json.dumps([(sampled.questions[i], sampled.answers[i]) for i in example], ensure_ascii=False))
-    print(f"written: {write_result('clustering', result, arguments.out)}")
+    question = "clustering_real_facts" if WORLDS[arguments.world].files else "clustering"
+    print(f"written: {write_result(question, result, arguments.out)}")
 
 
 if __name__ == "__main__":

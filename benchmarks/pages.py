@@ -33,6 +33,7 @@ SECTIONS = [
     "trl",
     "equivalence",
     "clustering",
+    "clustering_real_facts",
     "costs",
     "campaign",
     "axes",

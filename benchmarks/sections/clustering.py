@@ -9,7 +9,7 @@ from pages import Section
 from tables import figure, percent, table
 
 TITLE = "Clustering against full pairwise comparison"
-COMMAND = "python benchmarks/bench_clustering.py --world entity_questions"
+COMMAND = "python benchmarks/bench_clustering.py"
 KINDS = {
     "lexical": "lexical",
     "embedding": "embedding (MiniLM)",
@@ -23,12 +23,36 @@ HEADER = [
     "and where the last match wins",
 ]  # fmt: skip
 LIMIT = 0.15
+EXPLAINED = """
+A call is one forward pass over (premise, hypothesis) where entailment is asked both ways, else one verdict
+on a pair. Full pairwise is counted in two ways. *All pairs*: every two answers of a question, in both directions where
+there are two. *Public loop*: what the public code of KA2L and of semantic entropy compares, every answer that opens a
+cluster with all answers after it. No NLI model comes with this project: containment of words and a small BERT with
+random weights stand in for one. They ask each direction on its own as it does, and say nothing about meaning.
+
+`lexical` compares only answers with a common mark; a model cannot tell any two apart unread. Of an equivalence about
+which nothing is known no procedure asks fewer pairs: each distinct answer has to be compared with every representative
+before the one that takes it.
+
+Clusters that differ: questions whose clusters are not those of the plain greedy algorithm asked about every answer as
+it is spelled. In the public code an answer that matches several representatives goes to the last of them, not the
+first; the last column counts where that makes a difference.
+"""
 #: Samples a question at which seconds and groups are shown: KA2L's.
 SAMPLES = "10"
 
 
 def section(result: dict[str, Any]) -> Section:
     """Shares of calls by kind and number of samples, by how well facts are known, and seconds."""
+    return compared(result, explained=True)
+
+
+def compared(result: dict[str, Any], explained: bool) -> Section:
+    """The same of any world's answers.
+
+    Args:
+        explained: say what the columns mean; one section of the page does.
+    """
     kinds = {name: result["kinds"][name] for name in KINDS if name in result["kinds"]}
     rows = []
     for name, counts in kinds.items():
@@ -57,25 +81,14 @@ def section(result: dict[str, Any]) -> Section:
     )
     source = f"({result['facts']})"
     num_timed = result["timed"]["num_questions"]
-    text = f"""How many calls of an equivalence do clusters need, and do they stay the same? {result["num_questions"]}
+    calls = f"""How many calls of an equivalence do clusters need, and do they stay the same? {result["num_questions"]}
 questions {source}, answered at temperature 1 by a testbed's model that was shown {result["groups"]["well"]} of the
 facts often, {result["groups"]["partly"]} a little and {result["groups"]["stranger"]} never.
-
-A call is one forward pass over (premise, hypothesis) where entailment is asked both ways, else one verdict on a pair.
-Full pairwise is counted in two ways. *All pairs*: every two answers of a question, in both directions where there are
-two. *Public loop*: what the public code of KA2L and of semantic entropy compares, every answer that opens a cluster
-with all answers after it. No NLI model comes with this project: containment of words and a small BERT with random
-weights stand in for one. They ask each direction on its own as it does, and say nothing about meaning.
-
+{EXPLAINED if explained else ""}
 {table(HEADER, rows)}
 
-`lexical` compares only answers with a common mark; a model cannot tell any two apart unread. Of an equivalence about
-which nothing is known no procedure asks fewer pairs: each distinct answer has to be compared with every representative
-before the one that takes it. {embedded}
-
-Clusters that differ: questions whose clusters are not those of the plain greedy algorithm asked about every answer as
-it is spelled. In the public code an answer that matches several representatives goes to the last of them, not the
-first; the last column counts where that makes a difference.
+{embedded}"""
+    text = f"""{calls}
 
 By how well the facts are known, {SAMPLES} samples, containment; figures a question:
 
@@ -111,6 +124,6 @@ def losses(kinds: dict[str, Any]) -> list[str]:
                 f"Clusters by {KINDS[name]} differ from the plain algorithm's in up to {worst} questions: spellings of "
                 "one answer that it tells apart are one answer here."
             )
-        if counts[SAMPLES]["seconds_ratio"] > 1:
+        if round(counts[SAMPLES]["seconds_ratio"], 2) > 1:
             found.append(f"Clustering by {KINDS[name]} takes {counts[SAMPLES]['seconds_ratio']:.2f} times the loop.")
     return found
