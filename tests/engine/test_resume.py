@@ -219,6 +219,7 @@ def copy_of_first_round(finished: Any, run_dir: Path) -> None:
     shutil.copytree(finished.run_dir, run_dir, ignore=later)
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(3600)
 def test_a_run_killed_in_one_stage_after_the_other_ends_as_if_it_had_not_been(
     finished: Any, ka2l: Any, on_cluster: list[str], tmp_path: Path
