@@ -156,6 +156,7 @@ def test_a_person_who_interrupts_is_not_taken_for_the_deadline(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_run_whose_hours_end_in_the_middle_of_tuning_is_complete_within_them_and_goes_on_with_more(
     finished: Any, ka2l: Any, on_cluster: list[str], tmp_path: Path
 ) -> None:

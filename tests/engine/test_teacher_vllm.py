@@ -32,7 +32,7 @@ from ka2l.prompts import encode_messages, teacher_messages
 from ka2l.teacher import Teacher
 from ka2l.teacher_config import TeacherConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.whole]
 #: What the teacher knows of each kind of question; of colours it knows nothing.
 KNOWN = {"size": ["large", "big"], "colour": [], "taste": ["sour"], "name": ["Ann"]}
 KEY = "sk-local-secret"
