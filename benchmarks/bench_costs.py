@@ -46,14 +46,14 @@ DEFAULT = {"num_questions": 2000, "num_samples": 10, "num_layers": 5, "width": 1
 POOLS = (500, 1000, 2000, 4000, 8000)
 #: Factors that a stage's cost can depend on, with the values to try. Where a stage is slow, fewer.
 FACTORS: dict[str, dict[str, tuple[int, ...]]] = {
-    "sample": {"num_questions": (500, 1000, 2000, 4000), "num_samples": (2, 5, 10, 20)},
-    "cluster": {"num_questions": (500, 1000, 2000, 4000), "num_samples": (2, 5, 10, 20)},
+    "sample": {"num_questions": POOLS[:-1], "num_samples": (2, 5, 10, 20)},
+    "cluster": {"num_questions": POOLS[:-1], "num_samples": (2, 5, 10, 20)},  # of what `sample` has answered
     "extract": {"num_questions": POOLS, "num_layers": (1, 2, 5)},
     "label": {"num_questions": POOLS},
     "probe": {"num_questions": POOLS, "num_layers": (1, 2, 5), "width": (96, 192, 384, 768)},
     "knowledge": {"num_questions": POOLS, "num_layers": (1, 2, 5), "width": (96, 192, 384, 768)},
     "select": {"num_questions": POOLS},
-    "tune": {"num_questions": (500, 1000, 2000, 4000)},
+    "tune": {"num_questions": POOLS[:-1]},
 }
 #: Stages that run a model are measured on models of other widths, too, at this size.
 WIDTHS = (96, 192, 384)

@@ -23,9 +23,10 @@ HEADER = [
     "and where the last match wins",
 ]  # fmt: skip
 LIMIT = 0.15
+#: With the empty lines around it, which go where it is left out.
 EXPLAINED = """
-A call is one forward pass over (premise, hypothesis) where entailment is asked both ways, else one verdict
-on a pair. Full pairwise is counted in two ways. *All pairs*: every two answers of a question, in both directions where
+A call is one forward pass over (premise, hypothesis) where entailment is asked both ways, else one verdict on a pair.
+Full pairwise is counted in two ways. *All pairs*: every two answers of a question, in both directions where
 there are two. *Public loop*: what the public code of KA2L and of semantic entropy compares, every answer that opens a
 cluster with all answers after it. No NLI model comes with this project: containment of words and a small BERT with
 random weights stand in for one. They ask each direction on its own as it does, and say nothing about meaning.
@@ -81,14 +82,13 @@ def compared(result: dict[str, Any], explained: bool) -> Section:
     )
     source = f"({result['facts']})"
     num_timed = result["timed"]["num_questions"]
-    calls = f"""How many calls of an equivalence do clusters need, and do they stay the same? {result["num_questions"]}
+    text = f"""How many calls of an equivalence do clusters need, and do they stay the same? {result["num_questions"]}
 questions {source}, answered at temperature 1 by a testbed's model that was shown {result["groups"]["well"]} of the
 facts often, {result["groups"]["partly"]} a little and {result["groups"]["stranger"]} never.
 {EXPLAINED if explained else ""}
 {table(HEADER, rows)}
 
-{embedded}"""
-    text = f"""{calls}
+{embedded}
 
 By how well the facts are known, {SAMPLES} samples, containment; figures a question:
 
@@ -124,6 +124,6 @@ def losses(kinds: dict[str, Any]) -> list[str]:
                 f"Clusters by {KINDS[name]} differ from the plain algorithm's in up to {worst} questions: spellings of "
                 "one answer that it tells apart are one answer here."
             )
-        if round(counts[SAMPLES]["seconds_ratio"], 2) > 1:
-            found.append(f"Clustering by {KINDS[name]} takes {counts[SAMPLES]['seconds_ratio']:.2f} times the loop.")
+        if counts[SAMPLES]["seconds_ratio"] > 1:
+            found.append(f"Clustering by {KINDS[name]} takes {counts[SAMPLES]['seconds_ratio']:.3f} times the loop.")
     return found
