@@ -25,7 +25,7 @@ from machine import write_result
 
 from engine.artifacts import RunDirectory
 from engine.config import load_config
-from engine.launch import cache_dir
+from engine.inputs import cache_dir
 from ka2l.metrics import mean_with_ci
 from ka2l.testbed import cached_testbed
 

@@ -33,7 +33,7 @@ from arms import run_arm, seeded_parser
 from machine import write_result
 
 from engine.config import load_config
-from engine.launch import cache_dir
+from engine.inputs import cache_dir
 from ka2l.selection import Candidates, Selected, SelectionConfig
 from ka2l.testbed import cached_testbed
 

@@ -141,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from engine.config import load_config
-    from engine.launch import cache_dir
+    from engine.inputs import cache_dir
     from ka2l.testbed import cached_testbed
 
     print("looking for the testbed, building it where it is not in the cache (minutes)", file=sys.stderr, flush=True)

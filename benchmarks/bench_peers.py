@@ -52,7 +52,7 @@ from peers_answers import (
 from peers_models import save_causal_lm, save_nli_model
 from sides import Side, in_turns, speed, timed
 
-from engine.launch import cache_dir
+from engine.inputs import cache_dir
 from ka2l.clustering import cluster_answers
 from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence
 from ka2l.metrics import auroc_with_ci

@@ -52,7 +52,7 @@ START_UP = ("imports", "engine_start", "states_start", "cluster_start")
 def testbed_of(name: str) -> Any:
     """The testbed that ``PEOPLE:SEED`` names: so many people, and 80 whose facts are seed questions."""
     from engine.config import load_config
-    from engine.launch import cache_dir
+    from engine.inputs import cache_dir
     from ka2l.testbed import cached_testbed
 
     people, _, seed = name.partition(":")

@@ -25,7 +25,7 @@ from typing import Any
 from machine import write_result
 from sides import Side, in_turns, speed
 
-from engine.launch import cache_dir
+from engine.inputs import cache_dir
 from ka2l.adapter import AdapterConfig
 from ka2l.comparison import comparison_rows
 from ka2l.knowtuning import KnowTuningConfig

@@ -22,7 +22,7 @@ from scipy.special import logit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.config import load_config
-from engine.launch import cache_dir
+from engine.inputs import cache_dir
 from ka2l.clustering import cluster_answers
 from ka2l.equivalence import LexicalEquivalence
 from ka2l.evidence import combine

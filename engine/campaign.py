@@ -185,16 +185,10 @@ class Campaign:
         """Annotations bought in rounds before ``before_round``."""
         return sum(int(self.stage("annotate", r).require().metrics["num_annotated"]) for r in range(before_round))
 
-    def budget_cap(self) -> int:
-        """Most annotations of the whole run."""
-        wanted = self.config.rounds * self.config.selection.budget
-        cap = self.config.budget.annotations
-        return wanted if cap is None else min(wanted, cap)
-
     def used_up(self, round_index: int) -> str | None:
         """Which cap leaves nothing for this round, in a sentence; None where none does."""
         if self.num_left(round_index) == 0:
-            return f"The budget of {self.budget_cap():,} annotations is used up."
+            return f"The budget of {self.config.annotation_cap:,} annotations is used up."
         return self.money_reason(round_index - 1) if round_index else None
 
     def enough(self, round_index: int) -> str | None:
@@ -236,7 +230,7 @@ class Campaign:
 
     def num_left(self, round_index: int) -> int:
         """Questions this round may select."""
-        left = self.budget_cap() - self.num_annotated(round_index)
+        left = self.config.annotation_cap - self.num_annotated(round_index)
         return max(0, min(self.config.selection.budget, left))
 
 
@@ -274,7 +268,10 @@ def commit_stage(
         source.verify()
     campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
     try:
-        with campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent):
+        with (
+            campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent),
+            campaign.events.working(stage.label),
+        ):
             metrics, cost = work(stage)
         count_cost(campaign.tags(stage), cost)
         spent = campaign.meter.spent()

@@ -19,16 +19,14 @@ from engine.cli_benchmark import benchmark, matrix_report, matrix_table
 from engine.cli_options import ConfigArgument, RunDirArgument, RunDirOption, SetOption
 from engine.cli_testbed import testbed_app
 from engine.cluster import RaySession
+from engine.inputs import cache_dir, prepare
 from engine.launch import (
     begin,
-    cache_dir,
-    check_inputs,
     config_text,
     console,
     go_on,
     print_summary,
     remove_from,
-    resolve_testbed,
 )
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError
 
@@ -269,8 +267,7 @@ def estimate(
     loaded = load_config(config, overrides or ())
     if json_path is not None and not json_path.parent.is_dir():
         raise ConfigError(f"--json {json_path}: there is no such folder", hint="Make it first.")
-    model, pool_path = resolve_testbed(loaded)
-    check_inputs(loaded, model, pool_path)
+    model, pool_path = prepare(loaded, console)
     with RaySession(loaded.ray, os.devnull):
         made = predict(loaded, model, pool_path, Console())
     if json_path is not None:

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from engine.cli_options import RunDirOption, SetOption
 from engine.cluster import RaySession
-from engine.launch import check_inputs, console, resolve_testbed
+from engine.inputs import prepare, resolve
+from engine.launch import console
 from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, RunDirectoryError, StageFailedError
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def benchmark(
         return
     for cell in made:
         try:
-            model, pool_path = resolve_testbed(cell.config)
-            check_inputs(cell.config, model, pool_path)
+            prepare(cell.config, console)
         except KA2LError as error:
             error.message = f"cell {cell.name}: {error.message}"
             raise
@@ -81,7 +81,7 @@ def _sized(matrix: MatrixConfig, made: list[Cell]) -> tuple[list[Cell], dict[str
     sizes, sized, faults = Sizes(matrix.gpu_gib), [], {}
     for cell in made:
         try:
-            config = sizes.sized(cell.config, resolve_testbed(cell.config)[0])
+            config = sizes.sized(cell.config, resolve(cell.config, console).model)
             sized.append(cell._replace(config=config))
         except KA2LError as error:
             sized.append(cell)

@@ -119,6 +119,12 @@ class RunConfig(Section):
     ray: RayConfig = RayConfig()
     """Where workers live."""
 
+    @property
+    def annotation_cap(self) -> int:
+        """Most annotations of the whole run."""
+        wanted = self.rounds * self.selection.budget
+        return wanted if self.budget.annotations is None else min(wanted, self.budget.annotations)
+
     def has_feedback(self, round_index: int) -> bool:
         """Whether a round has the stage ``feedback``: all later ones, and the first where own answers are drawn."""
         return round_index > 0 or (self.rounds > 0 and self.tuning.num_own_answers > 1)

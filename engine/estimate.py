@@ -143,7 +143,7 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         console.print(f"pool: {counts}; warming up on some questions of each split ...", highlight=False)
         rates = measure(campaign, Path(folder))
         teaching = _teaching(campaign) if config.annotator.teacher and config.annotator.kind == "teacher" else None
-        cap = campaign.budget_cap()
+        cap = campaign.config.annotation_cap
         reading = [stage.require().seconds for stage in committed_stages(full)]
     predictions, notes = _capped(config, counts, rates, cap, teaching)
     pool = _held(Prediction(-1, "pool", sum(counts.values()), seconds=measured_once(sum(reading))), config)

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from engine.artifacts import RunDirectory
+from engine.progress import LINE_EVERY_S, Progress, duration, every, say
 from engine.storage import persistently
 
 
@@ -21,6 +21,7 @@ class Events:
     def __init__(self, run: RunDirectory, console: Console | None = None) -> None:
         self.run = run
         self.console = console or Console(stderr=True)
+        self._shown = 0
 
     def emit(self, event: str, **fields: Any) -> None:
         """Append one event; on object stores, where files cannot grow, each event is a file of its own."""
@@ -33,50 +34,35 @@ class Events:
 
     def say(self, text: str) -> None:
         """A line for people."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     @contextlib.contextmanager
-    def progress(self, label: str, total: int, unit: str) -> Iterator[StageProgress]:
-        """Progress of one stage: a live bar on a terminal, else one line when it ends."""
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
+        """Progress of one stage, and one line when it ends."""
+        with Progress(self.console, label, total, unit) as progress:
+            self._shown += 1
+            try:
+                yield progress
+            finally:
+                self._shown -= 1
+        self.say(progress.summary())
+
+    @contextlib.contextmanager
+    def working(self, label: str) -> Iterator[None]:
+        """While nothing in this block shows its progress, a line now and then that it goes on."""
         started = time.perf_counter()
-        columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]} {task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        live = self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not live) as bar:
-            tracker = StageProgress(bar, bar.add_task(label, total=total, unit=unit, note=""), total)
-            yield tracker
-        seconds = time.perf_counter() - started
-        rate = f", {tracker.done / seconds:,.0f} {unit}/s" if tracker.done and seconds else ""
-        note = f" · {tracker.note}" if tracker.note else ""
-        self.say(f"{label:<22} {tracker.done:>7,} {unit} in {seconds:6.1f} s{rate}{note}")
+
+        def tell() -> None:
+            if not self._shown:
+                self.say(f"{label:<22} at work for {duration(time.perf_counter() - started)}")
+
+        with every(LINE_EVERY_S, tell):
+            yield
 
 
 def _append(path: str, line: str) -> None:
     with open(path, "a", encoding="utf-8") as stream:
         stream.write(line)
-
-
-class StageProgress:
-    """Counts what a stage has done."""
-
-    def __init__(self, bar: Progress, task: Any, total: int) -> None:
-        self.bar = bar
-        self.task = task
-        self.total = total
-        self.done = 0
-        self.note = ""
-
-    def advance(self, count: int, note: str | None = None) -> None:
-        """``count`` more units are done."""
-        self.done += count
-        self.note = self.note if note is None else note
-        self.bar.update(self.task, advance=count, note=self.note)
 
 
 def read_events(run: RunDirectory) -> list[Mapping[str, Any]]:

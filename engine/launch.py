@@ -5,30 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from engine.cluster import RaySession, cluster_address
+from engine.cluster import RaySession
+from engine.inputs import prepare, resolve
 from ka2l.errors import (
     AnnotationsPending,
     ConfigError,
     HoursUsedUp,
     KA2LError,
-    ModelError,
     RunDirectoryError,
     StaleStageError,
-    first_line,
 )
 
 if TYPE_CHECKING:
     from engine.artifacts import RunDirectory
     from engine.campaign import Campaign
     from engine.config import RunConfig
-    from ka2l.testbed import Testbed, TestbedConfig
 
 console = Console(stderr=True)
 
@@ -54,8 +51,7 @@ def begin(
             go_on(target, config, text)
         return
     _refuse_old_run(target)
-    model, pool_path = resolve_testbed(config)
-    check_inputs(config, model, pool_path)
+    prepare(config, console)
     with target.lock():
         _refuse_old_run(target)  # one that began in the meantime
         target.write_text("mode", "probe" if only_probe else "campaign")
@@ -67,6 +63,7 @@ def go_on(target: RunDirectory, config: RunConfig, text: str) -> None:
     """Go on with a run that was made with the config in ``text``; the caller holds its lock."""
     from engine.config import dump_config
 
+    prepare(config, console, pool_is_read=target.stage("questions").manifest() is not None)
     target.write_text("config.yaml", dump_config(config))
     try:
         _execute(target, config, only_probe=(target.read_text("mode") == "probe"))
@@ -90,7 +87,7 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
     from engine.events import Events
     from engine.trackers import open_trackers
 
-    model, pool_path = resolve_testbed(config)
+    model, pool_path = resolve(config, console)
     events = Events(target, console)
     trackers = open_trackers(config, target, events)
     events.emit("run_started", pid=os.getpid())
@@ -130,88 +127,6 @@ def _note_failure(campaign: Campaign) -> None:
         write_ledger(campaign.run)
     except Exception as error:  # the first error is the one to show
         campaign.events.say(f"(the report could not be written: {error})")
-
-
-def check_inputs(config: RunConfig, model: Any, pool_path: str) -> None:
-    """What can be known to be wrong before anything is written or spent."""
-    from engine.trackers import check_trackers
-    from ka2l.models import check_model_directory, is_directory
-    from ka2l.pool_sources import find_pieces, is_dataset
-
-    cluster_address(config.ray)
-    if config.trackers:
-        check_trackers(config.trackers)
-    if not is_dataset(pool_path):
-        find_pieces(pool_path, ())
-    check_model_directory(model.path)
-    if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
-        check_model_directory(config.annotator.teacher.model)
-    if is_directory(model.path):
-        from ka2l.adapter import check_adapter
-        from ka2l.training import check_tuning
-
-        check_tuning(config.tuning)
-        try:
-            check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"cannot use the model in {model.path}: {first_line(error)}", hint="Check its config.json."
-            ) from error
-
-
-def resolve_testbed(config: RunConfig) -> tuple[Any, str]:
-    """The run's model, and where its pool is; ``testbed`` as what was built of it, which is built where missing."""
-    model, pool_path = config.model, config.pool.path
-    if "testbed" in (model.path, pool_path):
-        built = testbed_in_cache(config.testbed)
-        if model.path == "testbed":
-            model = model.model_copy(update={"path": str(built.model)})
-        if pool_path == "testbed":
-            pool_path = str(built.pool)
-    return model, pool_path
-
-
-def testbed_in_cache(settings: TestbedConfig) -> Testbed:
-    """The testbed of these settings in the user's cache; built where missing, with its progress shown."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from ka2l.testbed import cached_testbed
-
-    disable_progress_bar()
-    with Steps("testbed") as progress:
-        return cached_testbed(settings, cache_dir() / "testbeds", progress)
-
-
-def cache_dir() -> Path:
-    """``$KA2L_CACHE``, else ``ka2l`` in the user's cache directory."""
-    if "KA2L_CACHE" in os.environ:
-        return Path(os.environ["KA2L_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ka2l"
-
-
-class Steps:
-    """A progress bar for work that reports (step, num_steps)."""
-
-    def __init__(self, label: str) -> None:
-        from rich.progress import Progress
-
-        self.bar = Progress(console=console, transient=True, disable=not console.is_terminal)
-        self.label = label
-        self.task: Any = None
-
-    def __enter__(self) -> Steps:
-        self.bar.start()
-        return self
-
-    def __call__(self, step: int, num_steps: int) -> None:
-        if self.task is None:
-            self.task = self.bar.add_task(self.label, total=num_steps)
-            if not console.is_terminal:
-                console.print(f"building the {self.label}: {num_steps} steps", highlight=False)
-        self.bar.update(self.task, completed=step, total=num_steps)
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
 
 def config_text(target: RunDirectory) -> str:

@@ -13,8 +13,8 @@ from actors.leases import Capacity
 from actors.metrics import SHARDS_MISSING, count_failed_rows, count_worker_restarts, show
 from actors.shards import ShardDone, is_workers_loss, map_shards
 from engine.artifacts import Stage
-from engine.events import StageProgress
 from engine.jobs import DEATHS, FAILED, HostJob, ShardInput
+from engine.progress import Progress
 from ka2l.errors import TooManyFailuresError, first_line
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class ShardRun:
         with self.campaign.events.progress(self.stage.label, sum(self.rows.values()), "questions") as progress:
             if self.finished:
                 done = sum(self.rows[name] for name in self.finished)
-                progress.advance(done, f"{len(self.finished)} shards were there")
+                progress.skip(done, f"{len(self.finished)} shards were there")
             while self.missing:
                 try:
                     self._slice(progress)
@@ -80,7 +80,7 @@ class ShardRun:
                     self._say_lost(error)
             self._check_failures()
 
-    def _slice(self, progress: StageProgress) -> None:
+    def _slice(self, progress: Progress) -> None:
         """Work until all is done, or others are to have the workers."""
         campaign, wanted = self.campaign, min(self.replicas, len(self.missing))
         show(SHARDS_MISSING, self.tags, len(self.missing))
@@ -105,7 +105,7 @@ class ShardRun:
         if self.missing:
             self.stage.forget_attempts()
 
-    def _take(self, done: ShardDone, progress: StageProgress) -> None:
+    def _take(self, done: ShardDone, progress: Progress) -> None:
         stage, events = self.stage, self.campaign.events
         self.campaign.note_shard(stage, done.name, done.num_rows, done.stats)
         self.missing.remove(done.name)

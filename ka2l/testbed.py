@@ -28,12 +28,16 @@ from ka2l.testbed_model import train_model
 from ka2l.testbed_world import World, answer_rows, invent_facts, pool_rows, training_rows, truth_rows
 
 #: Raise it when a change gives another world or model for the same config: cached testbeds are then built anew.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 
 #: Distinct questions written to background.jsonl at most.
 MAX_BACKGROUND = 20_000
 
 _ANSWERS = pa.schema([("question", pa.string()), ("answers", pa.list_(pa.string())), ("fact", pa.string())])
+
+
+#: Testbeds that come with the package, one folder each: those of the presets ``quickstart`` and ``knowtuning``.
+SHIPPED = Path(__file__).with_name("testbeds")
 
 
 class TestbedConfig(Section):
@@ -136,23 +140,36 @@ def fingerprint(config: TestbedConfig) -> str:
     return digest.hexdigest()
 
 
+def shipped_testbed(config: TestbedConfig) -> Testbed | None:
+    """The testbed of this config, if it is one of those that come with the package."""
+    mark = fingerprint(config)
+    for description in sorted(SHIPPED.glob("*/testbed.json")):
+        if json.loads(description.read_text(encoding="utf-8"))["fingerprint"] == mark:
+            return _testbed_at(description.parent)
+    return None
+
+
 def cached_testbed_at(config: TestbedConfig, cache_dir: Path) -> Testbed:
-    """Where the testbed of this config lies in ``cache_dir``, or would lie; builds nothing."""
-    return _testbed_at(Path(cache_dir) / f"testbed-{fingerprint(config)[:16]}")
+    """Where the testbed of this config lies, in the package or in ``cache_dir``, or would lie; builds nothing."""
+    return shipped_testbed(config) or _testbed_at(Path(cache_dir) / f"testbed-{fingerprint(config)[:16]}")
 
 
 def cached_testbed(
     config: TestbedConfig, cache_dir: Path, progress: Callable[[int, int], None] | None = None
 ) -> Testbed:
-    """The testbed of this config in ``cache_dir``, built there if it is not. Only one process builds at a time."""
+    """The testbed of this config, shipped or in ``cache_dir``; built there if it is neither. Only one process builds at
+    a time."""
     from filelock import FileLock
 
-    directory = cached_testbed_at(config, cache_dir).directory
+    found = cached_testbed_at(config, cache_dir)
+    if (found.directory / "testbed.json").is_file():
+        return found
+    directory = found.directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_name(f".{directory.name}.lock")):
         if not (directory / "testbed.json").is_file():
             build_testbed(config, directory, progress)
-    return _testbed_at(directory)
+    return found
 
 
 def build_testbed(

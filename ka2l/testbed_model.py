@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +45,16 @@ def train_model(
         torch.manual_seed(config.seed)
         model = _new_model(config, tokenizer)
         final_loss = _fit(model, _encode(rows, tokenizer), config, device, progress)
-    model.save_pretrained(model_dir)
+    # Half the size on disk, and closer to the trained weights than bfloat16. Presets load it as float32.
+    model.half().save_pretrained(model_dir)
     tokenizer.save_pretrained(model_dir)
     return {
         "num_training_rows": len(rows),
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
         "final_loss": round(final_loss, 4),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers")},
+        "trained_in": "bfloat16" if _uses_bfloat16(device) else "float32",
     }
 
 
@@ -149,7 +153,7 @@ def _fit(
     from torch.optim.lr_scheduler import OneCycleLR
 
     num_steps = -(-len(rows) // config.batch_size)
-    optimizers = _optimizers(model, config)
+    optimizers = _optimizers(model, config, device)
     schedules = [
         OneCycleLR(optimizer, optimizer.param_groups[0]["lr"], num_steps + 1, pct_start=0.1, cycle_momentum=False)
         for optimizer in optimizers
@@ -159,7 +163,7 @@ def _fit(
     for step, (ids, labels) in enumerate(_batches(rows, config.batch_size), start=1):
         targets = torch.from_numpy(labels[:, 1:]).to(device)
         wanted = targets != _IGNORED
-        with torch.autocast(device, torch.bfloat16, enabled=_has_fast_bfloat16(device)):
+        with torch.autocast(device, torch.bfloat16, enabled=_uses_bfloat16(device)):
             states = model.model(input_ids=torch.from_numpy(ids[:, :-1]).to(device), use_cache=False)
             # Only the answers' positions go through the output layer.
             logits = model.lm_head(states.last_hidden_state[wanted])
@@ -177,7 +181,7 @@ def _fit(
     return float(torch.stack(losses[-max(num_steps // 10, 1) :]).mean())
 
 
-def _optimizers(model: LlamaForCausalLM, config: TestbedConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(model: LlamaForCausalLM, config: TestbedConfig, device: str) -> list[torch.optim.Optimizer]:
     """Muon for the layers' matrices, AdamW for the rest.
 
     With AdamW alone the same facts take more than four times the steps: Muon's orthogonalised updates learn rare
@@ -185,17 +189,23 @@ def _optimizers(model: LlamaForCausalLM, config: TestbedConfig) -> list[torch.op
     """
     import torch
 
+    from ka2l.muon import Muon
+
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     in_matrices = {id(parameter) for parameter in matrices}
     others = [parameter for parameter in model.parameters() if id(parameter) not in in_matrices]
     return [
-        torch.optim.Muon(matrices, lr=config.matrix_learning_rate, weight_decay=0.01),
+        Muon(
+            matrices,
+            lr=config.matrix_learning_rate,
+            dtype=torch.bfloat16 if _uses_bfloat16(device) else torch.float32,
+        ),
         torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.01),
     ]
 
 
-def _has_fast_bfloat16(device: str) -> bool:
-    """Whether bfloat16 saves time: on GPUs, and on CPUs with AVX-512; elsewhere it is emulated and slower."""
-    import torch
+def _uses_bfloat16(device: str) -> bool:
+    """Whether products are computed in bfloat16."""
+    from ka2l.training import cpu_has_bfloat16
 
-    return device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return device == "cuda" or cpu_has_bfloat16()

@@ -60,7 +60,7 @@ def select(campaign: Campaign, round_index: int) -> None:
             states = _chosen_states(campaign, extracted, round_index, candidates.question_ids)
             asked = _asked_states(campaign, extracted, round_index, taken) if len(taken) else None
             candidates = candidates._replace(states=states, asked_states=asked)
-        num_left = campaign.budget_cap() - campaign.num_annotated(round_index)
+        num_left = campaign.config.annotation_cap - campaign.num_annotated(round_index)
         explore = explored_share(wanted, num_left, shortlist.num_likely)
         # What the last round explores, no later round can use; and without own answers nothing shows what was wrong.
         if round_index == config.rounds - 1 or config.tuning.rehearsal == 0:

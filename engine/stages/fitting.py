@@ -143,7 +143,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         ):
 
             def on_progress(report: dict[str, Any]) -> None:
-                progress.bar.update(progress.task, total=report["num_steps"])
+                progress.resize(report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
 
             metrics = run_decoder_training(

@@ -65,9 +65,9 @@ def _source_identity(campaign: Campaign) -> str:
 def check_budget(campaign: Campaign) -> None:
     """Raise BudgetError where the run asks for more annotations than there are candidates."""
     candidates = campaign.stage("questions").require().metrics["candidate"]
-    if campaign.budget_cap() > candidates:
+    if campaign.config.annotation_cap > candidates:
         raise BudgetError(
-            f"the budget of {campaign.budget_cap()} annotations ({campaign.config.rounds} rounds x "
+            f"the budget of {campaign.config.annotation_cap} annotations ({campaign.config.rounds} rounds x "
             f"{campaign.config.selection.budget}) is larger than the pool's {candidates} candidates",
             hint="Lower rounds or selection.budget, or set budget.annotations.",
         )

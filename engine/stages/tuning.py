@@ -171,7 +171,7 @@ def _train(
 
         def on_progress(report: dict[str, Any]) -> None:
             if "step" in report:
-                progress.bar.update(progress.task, total=report["num_steps"])
+                progress.resize(report["num_steps"])
                 progress.advance(report["step"] - progress.done, f"loss {report['loss']:.3f}")
                 campaign.events.emit("training_step", round=stage.round_index, stage=stage.name, **report)
                 campaign.trackers.log_step(stage, report)
