@@ -32,7 +32,7 @@ import yaml
 from machine import write_result
 
 from engine.artifacts import RunDirectory
-from engine.ledger import POOL_STAGES, ROUND_STAGES
+from engine.stages import pool_folders, round_folders
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 1
@@ -287,8 +287,8 @@ def compare(run_dir: Path, reference: Path) -> list[str]:
 
     found = []
     ours, theirs = RunDirectory(run_dir), RunDirectory(reference)
-    places: list[tuple[str, int | None]] = [(name, None) for name in POOL_STAGES]
-    places += [(name, index) for index in range(ROUNDS + 1) for name in ROUND_STAGES]
+    places: list[tuple[str, int | None]] = [(name, None) for name in pool_folders()]
+    places += [(name, index) for index in range(ROUNDS + 1) for name in round_folders()]
     for name, index in places:
         mine, other = ours.stage(name, index), theirs.stage(name, index)
         if other.manifest() is None:

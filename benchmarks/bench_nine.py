@@ -36,7 +36,7 @@ from machine import write_result
 from engine.artifacts import RunDirectory
 from engine.config import parse_config
 from engine.ledger import committed_stages
-from engine.meter import workers
+from engine.stages import room_of
 
 HERE = Path(__file__).resolve().parent
 #: Kind of question -> its answer for everything: what a random model cannot know, and tuning can teach.
@@ -212,7 +212,7 @@ def stages_of(run_dir: Path, seconds: float) -> list[tuple[float, float]]:
     for stage in committed_stages(run):
         manifest = stage.require()
         held = stage.name in ("observe", "cluster", "extract", "feedback", "tune")
-        chain.append((workers(stage.name, config)[0] if held else 0.0, manifest.seconds))
+        chain.append((room_of(stage.name, config).cpus if held else 0.0, manifest.seconds))
     return [(0.0, max(0.0, seconds - sum(item[1] for item in chain))), *chain]
 
 

@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,9 @@ def note(path: str | None, line: str) -> None:
 
 def clusters(campaign: Any) -> None:
     """What observing and clustering would have said of seed and eval questions."""
+    from engine import stages
     from engine.artifacts import shard_name, write_shard
-    from engine.campaign import commit_stage
+    from engine.stage_kind import Work
     from ka2l.records import CLUSTERS
 
     questions = campaign.stage("questions")
@@ -133,7 +135,7 @@ def clusters(campaign: Any) -> None:
         write_shard(stage.url, shard_name(0), pa.table(columns).cast(CLUSTERS), {})
         return {"num_eval": NUM_EVAL}, {}
 
-    commit_stage(campaign, "cluster", 0, config={}, inputs=[questions], work=work)
+    campaign.make(replace(stages.cluster, plan=lambda *_: Work({}, [questions], work)), 0)
 
 
 # -- the campaign ------------------------------------------------------------------------------------------------------

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.host import Host
 from actors.leases import Capacity, Leases
 from actors.metrics import Tags, count_cost, count_shard
 from actors.placement import Placement, reserved, wait_until_free
@@ -17,18 +16,14 @@ from engine.artifacts import RunDirectory, Stage, fingerprint
 from engine.config import RunConfig
 from engine.events import Events
 from engine.hours import Hours
-from engine.jobs import ShardInput
 from engine.meter import Meter
-from engine.shard_run import ShardRun
+from engine.stage_kind import StageKind, Work
 from engine.trackers import Trackers
 from engine.work import RunSize, work_left
-from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError
+from ka2l.errors import AnnotationsPending, ConfigError, KA2LError, StageFailedError, StaleStageError
 from ka2l.models import ModelConfig, ModelState, model_identity
 from ka2l.records import SCHEMA_VERSION
 from ka2l.sizing import model_needs
-
-#: What a stage's work hands back: metrics for the manifest and cost that is not in its shards.
-Outcome = tuple[Mapping[str, Any], Mapping[str, float]]
 
 
 @dataclass
@@ -106,6 +101,82 @@ class Campaign:
             rounds=config.rounds,
         )
         return work_left(size, self.round_index)
+
+    def make(self, kind: StageKind, round_index: int | None = None) -> None:
+        """Commit a stage, unless this round has none or it is committed with the same fingerprint.
+
+        Raises:
+            StaleStageError: it was made with another config.
+            HoursUsedUp: it is not begun, since it would not end within the cap on hours.
+            StageFailedError: the work failed in a way that no KA2LError describes.
+        """
+        if not kind.needed(self.config, round_index or 0):
+            return
+        work = kind.plan(self, round_index or 0)
+        if work is None:
+            return
+        *others, main = (self.stage(name, round_index) for name in kind.folders)
+        self._commit(kind, main, work)
+        for other in others:  # what the same work has written beside it
+            self._commit(kind, other, Work(work.config, [main], lambda _: (main.require().metrics, {})))
+
+    def _commit(self, kind: StageKind, stage: Stage, work: Work) -> None:
+        name, round_index = stage.name, stage.round_index
+        used = {source.label: source.require().fingerprint for source in work.inputs}
+        model = {"content": self.model_id} | self.model.result_fields()
+        config = {"run": {"seed": self.config.seed, "model": model}} | dict(work.config)
+        wanted = fingerprint(schema=SCHEMA_VERSION, stage=name, round=round_index, config=config, inputs=used)
+        if _is_complete(kind, stage, wanted, config, used):
+            stage.verify()
+            return
+        self.hours.check(self, kind, round_index)
+        self.round_index = round_index or 0
+        for source in work.inputs:
+            source.verify()
+        self.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
+        with self._failures_told(stage):
+            with (
+                self.meter.measure(stage.begin(wanted, config, used), stage.note_spent),
+                self.events.working(stage.label),
+            ):
+                metrics, cost = work.make(stage)
+            count_cost(self.tags(stage), cost)
+            spent = self.meter.spent()
+            seconds = spent.pop("seconds")
+            manifest = stage.commit(
+                wanted=wanted,
+                config=config,
+                inputs=used,
+                metrics=metrics,
+                cost=dict(cost) | spent,
+                seed=self.config.seed,
+                seconds=seconds,
+            )
+        self.events.emit(
+            "stage_committed", stage=name, round=round_index, seconds=manifest.seconds, metrics=manifest.metrics
+        )
+
+    @contextlib.contextmanager
+    def _failures_told(self, stage: Stage) -> Iterator[None]:
+        """What goes wrong with a stage is an event, and a KA2LError."""
+        where: dict[str, Any] = {"stage": stage.name, "round": stage.round_index}
+        try:
+            yield
+        except AnnotationsPending as pending:
+            self.events.emit("stage_paused", **where, reason=pending.message)
+            raise
+        except KA2LError as error:
+            with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
+                self.events.emit("stage_failed", **where, error=str(error))
+            raise
+        except Exception as error:
+            with contextlib.suppress(KA2LError):
+                self.events.emit("stage_failed", **where, error=repr(error))
+            log = self.log_path(stage)
+            raise StageFailedError(
+                f"stage {stage.label} failed: {_last_line(error)}\n{_tail(log)}",
+                hint=f"The whole log is {log}. What is committed is safe: ka2l resume {self.run.url}",
+            ) from error
 
     def stage(self, name: str, round_index: int | None = None) -> Stage:
         """A stage of this run."""
@@ -185,49 +256,6 @@ class Campaign:
         """Annotations bought in rounds before ``before_round``."""
         return sum(int(self.stage("annotate", r).require().metrics["num_annotated"]) for r in range(before_round))
 
-    def used_up(self, round_index: int) -> str | None:
-        """Which cap leaves nothing for this round, in a sentence; None where none does."""
-        if self.num_left(round_index) == 0:
-            return f"The budget of {self.config.annotation_cap:,} annotations is used up."
-        return self.money_reason(round_index - 1) if round_index else None
-
-    def enough(self, round_index: int) -> str | None:
-        """Which rule of ``stopping`` this round's state meets, in a sentence; None where none does. The base model is
-        never enough."""
-        rules = self.config.stopping
-        if not round_index:
-            return None
-        metrics = self.stage("knowledge", round_index).require().metrics
-        predicted = {name: metrics.get(f"predicted_{name}") for name in ("unknown", "wrong")}
-        known = {name: share for name, share in predicted.items() if share is not None}
-        # What was learnt wrongly is not unknown, but worth an annotation.
-        if rules.unknown_share is not None and known and max(known.values()) < rules.unknown_share:
-            name, share = max(known.items(), key=lambda item: item[1])
-            return (
-                f"{share:.1%} of the candidates left is predicted {name}, less than stopping.unknown_share = "
-                f"{rules.unknown_share:g}."
-            )
-        then, now = (
-            self.stage("cluster", index).require().metrics.get("accuracy") for index in (round_index - 1, round_index)
-        )
-        if rules.gain is None or then is None or now is None:
-            return None
-        if now - then < rules.gain:
-            return (
-                f"Round {round_index - 1} has raised accuracy by {now - then:+.3f}, less than stopping.gain = "
-                f"{rules.gain:g}."
-            )
-        return None
-
-    def money_reason(self, round_index: int) -> str | None:
-        """That the cap on money ended a round's annotation early, in a sentence; None where it did not."""
-        annotated = self.stage("annotate", round_index).require()
-        if annotated.metrics.get("stopped") != "money":
-            return None
-        unasked = annotated.metrics["num_not_asked"]
-        cap = self.config.budget.money
-        return f"The budget of {cap:g} for annotation is used up; {unasked:,} selected questions were not asked."
-
     def num_left(self, round_index: int) -> int:
         """Questions this round may select."""
         left = self.config.annotation_cap - self.num_annotated(round_index)
@@ -238,92 +266,17 @@ def _holds(stage: Stage, folder: str) -> bool:
     return any(entry.path.startswith(f"{folder}/") for entry in stage.require().files)
 
 
-def commit_stage(
-    campaign: Campaign,
-    name: str,
-    round_index: int | None,
-    *,
-    config: Mapping[str, Any],
-    inputs: Sequence[Stage],
-    work: Callable[[Stage], Outcome],
-) -> Stage:
-    """Skip the stage if it is committed with the same fingerprint, else make and commit it.
-
-    Raises:
-        StaleStageError: it was made with another config.
-        HoursUsedUp: it is not begun, since it would not end within the cap on hours.
-        StageFailedError: the work failed in a way that no KA2LError describes.
-    """
-    stage = campaign.stage(name, round_index)
-    used = {source.label: source.require().fingerprint for source in inputs}
-    model = {"content": campaign.model_id} | campaign.model.result_fields()
-    config = {"run": {"seed": campaign.config.seed, "model": model}} | dict(config)
-    wanted = fingerprint(schema=SCHEMA_VERSION, stage=name, round=round_index, config=config, inputs=used)
-    if stage.is_complete(wanted, config, used):
-        stage.verify()
-        return stage
-    campaign.hours.check(campaign, name, round_index)
-    campaign.round_index = round_index or 0
-    for source in inputs:
-        source.verify()
-    campaign.events.emit("stage_started", stage=name, round=round_index, fingerprint=wanted)
+def _is_complete(
+    kind: StageKind, stage: Stage, wanted: str, config: Mapping[str, Any], used: Mapping[str, str]
+) -> bool:
+    """Whether the stage is committed with this fingerprint. A leaf that is not is removed, and made anew."""
     try:
-        with (
-            campaign.meter.measure(stage.begin(wanted, config, used), stage.note_spent),
-            campaign.events.working(stage.label),
-        ):
-            metrics, cost = work(stage)
-        count_cost(campaign.tags(stage), cost)
-        spent = campaign.meter.spent()
-        seconds = spent.pop("seconds")
-        manifest = stage.commit(
-            wanted=wanted,
-            config=config,
-            inputs=used,
-            metrics=metrics,
-            cost=dict(cost) | spent,
-            seed=campaign.config.seed,
-            seconds=seconds,
-        )
-    except AnnotationsPending as pending:
-        campaign.events.emit("stage_paused", stage=name, round=round_index, reason=pending.message)
-        raise
-    except KA2LError as error:
-        with contextlib.suppress(KA2LError):  # a full disk must not hide the first error
-            campaign.events.emit("stage_failed", stage=name, round=round_index, error=str(error))
-        raise
-    except Exception as error:
-        with contextlib.suppress(KA2LError):
-            campaign.events.emit("stage_failed", stage=name, round=round_index, error=repr(error))
-        log = campaign.log_path(stage)
-        raise StageFailedError(
-            f"stage {stage.label} failed: {_last_line(error)}\n{_tail(log)}",
-            hint=f"The whole log is {log}. What is committed is safe: ka2l resume {campaign.run.url}",
-        ) from error
-    campaign.events.emit(
-        "stage_committed", stage=name, round=round_index, seconds=manifest.seconds, metrics=manifest.metrics
-    )
-    return stage
-
-
-def run_host(
-    campaign: Campaign,
-    stage: Stage,
-    make_host: Callable[[], Host],
-    inputs: dict[str, ShardInput],
-    *,
-    replicas: int,
-    cpus: float,
-    gpus: float,
-    over: Stage | None = None,
-) -> None:
-    """Make the missing shards of a stage with ``replicas`` hosts: one for each of ``over``, the pool's questions.
-
-    Raises:
-        TooManyFailuresError: more questions than the config allows could not be worked on.
-        StageStalledError: workers were lost or stuck, and so were those that took their place.
-    """
-    ShardRun(campaign, stage, make_host, inputs, replicas, Capacity(cpus, gpus), over).run()
+        return stage.is_complete(wanted, config, used)
+    except StaleStageError:
+        if not kind.is_leaf:
+            raise
+        stage.remove()
+        return False
 
 
 def _tail(path: str, num_lines: int = 15) -> str:

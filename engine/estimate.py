@@ -29,7 +29,6 @@ from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.ledger import committed_stages
-from engine.meter import workers
 from engine.stages.tables import among
 from engine.warm_up import Decoding, Pace, Range, Rates, Refining, Scoring, exactly, measure, measured_once
 from ka2l.knowtuning import FINE_GRAINED
@@ -252,7 +251,7 @@ def _predict_comparing(config: RunConfig, refining: Refining, pace: Pace, index:
 
 def _held(row: Prediction, config: RunConfig) -> Prediction:
     """The stage with the seconds of the CPUs and GPUs that it holds."""
-    cpus, gpus = workers(row.stage, config)
+    cpus, gpus = stages.room_of(row.stage, config)
     return replace(row, cpu_seconds=row.seconds * cpus, gpu_seconds=row.seconds * gpus)
 
 

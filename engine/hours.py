@@ -13,7 +13,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from engine.ledger import ROUND_STAGES, worked_seconds
+from engine.ledger import worked_seconds
+from engine.stage_kind import StageKind
+from engine.stages import round_stages
 from ka2l.errors import HoursUsedUp
 
 if TYPE_CHECKING:
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 TEARDOWN_S = 10.0
 #: What the next time may take, of what the last time took.
 _ALLOWANCE = 1.1
-#: Stages that measure a model state; the first of each round, and all of the closing observation.
-_MEASURING = ("observe", "cluster")
 
 
 class Hours:
@@ -46,14 +46,14 @@ class Hours:
         """Seconds that may still be worked; infinite without a cap."""
         return float("inf") if self._ends is None else self._ends - self._clock()
 
-    def check(self, campaign: Campaign, name: str, round_index: int | None) -> None:
+    def check(self, campaign: Campaign, kind: StageKind, round_index: int | None) -> None:
         """Raise HoursUsedUp unless a stage fits in what is left, with all that must follow it: see `needed_seconds`."""
         if self.cap is None:
             return
-        left, needed = self.left_s, _ALLOWANCE * needed_seconds(campaign, name, round_index)
+        left, needed = self.left_s, _ALLOWANCE * needed_seconds(campaign, kind, round_index)
         if left > 0 and needed <= left:
             return
-        where = campaign.stage(name, round_index).label
+        where = campaign.stage(kind.name, round_index).label
         with_rest = f" and what must follow it take about {needed:,.0f} s more" if needed else " would pass it"
         raise HoursUsedUp(
             f"The budget of {self.cap:g} hours is used up but for {max(0.0, left):,.0f} s: {where}{with_rest}."
@@ -97,50 +97,55 @@ class Hours:
                 signal.signal(signal.SIGINT, handler)
 
 
-def needed_seconds(campaign: Campaign, name: str, round_index: int | None) -> float:
+def needed_seconds(campaign: Campaign, kind: StageKind, round_index: int | None) -> float:
     """Seconds from a stage to the next point where a run may end with its last state measured, by what has been
     measured so far; stages that nothing tells about count as 0.
 
-    A state is measured by observe and cluster, the first stages of its round. From then on that point is behind the
-    round's end: the next state, measured.
+    A state is measured by the first stages of its round. From then on that point is behind the round's end: the next
+    state, measured.
     """
     if round_index is None:
         return 0.0
-    if name in _MEASURING:
-        return sum(_predicted(campaign, later, round_index) for later in _MEASURING[_MEASURING.index(name) :])
-    if name == "evaluate":  # nothing waits for it: what comes next is checked by itself
-        return _predicted(campaign, name, round_index)
-    rest = ROUND_STAGES[ROUND_STAGES.index(name) :]
+    kinds = round_stages()
+    rest = kinds[[item.name for item in kinds].index(kind.name) :]
+    if kind.measures:
+        return sum(_predicted(campaign, later, round_index) for later in rest if later.measures)
+    if kind.is_leaf:  # nothing waits for it: what comes next is checked by itself
+        return _predicted(campaign, kind, round_index)
     seconds = sum(_predicted(campaign, later, round_index) for later in rest)
     if campaign.config.rounds:
-        seconds += sum(_predicted(campaign, later, round_index + 1) for later in _MEASURING)
+        seconds += sum(_predicted(campaign, later, round_index + 1) for later in kinds if later.measures)
     return seconds
 
 
-def _predicted(campaign: Campaign, name: str, round_index: int) -> float:
+def _predicted(campaign: Campaign, kind: StageKind, round_index: int) -> float:
     """Seconds of a stage, by the last round before that has made it; 0 where none has."""
     for earlier in reversed(range(round_index)):
-        manifest = campaign.stage(name, earlier).manifest()
+        manifest = campaign.stage(kind.name, earlier).manifest()
         if manifest is not None:
-            working, growth = _growth(campaign, manifest, earlier, round_index)
+            working, growth = _growth(campaign, kind, manifest, earlier, round_index)
             return manifest.seconds + working * (growth - 1)
     return 0.0
 
 
-def _growth(campaign: Campaign, manifest: Manifest, earlier: int, round_index: int) -> tuple[float, float]:
+def _growth(
+    campaign: Campaign, kind: StageKind, manifest: Manifest, earlier: int, round_index: int
+) -> tuple[float, float]:
     """Seconds of a stage's work without its start, and how much more work the later round has."""
     config = campaign.config
-    if manifest.stage == "compare" or (manifest.stage == "tune" and config.tuning.max_steps is None):
-        then = campaign.num_annotated(earlier + 1)
-        now = campaign.num_annotated(round_index) + campaign.num_left(round_index)
-        return float(manifest.metrics["training_seconds"]), now / max(1, then)
-    if manifest.stage == "observe" and earlier == 0:
-        # The base model alone is sampled for rehearsal, too.
-        counts = campaign.stage("questions").require().metrics
-        num_samples = counts["seed"] * config.sampler.num_samples
-        num_samples += counts["eval"] * (1 + config.evaluation.num_samples)
-        if config.selection.samples_candidates and round_index < config.rounds:
-            num_samples += counts["candidate"] * config.sampler.num_samples
-        seconds = manifest.cost.get("generate_seconds", 0.0) / config.sampler.replicas
-        return min(manifest.seconds, seconds), num_samples / max(1, manifest.metrics["num_samples"])
-    return 0.0, 1.0
+    match kind.grows_with(config):
+        case "annotations":
+            then = campaign.num_annotated(earlier + 1)
+            now = campaign.num_annotated(round_index) + campaign.num_left(round_index)
+            return float(manifest.metrics["training_seconds"]), now / max(1, then)
+        case "samples" if earlier == 0:
+            # The base model alone is sampled for rehearsal, too.
+            counts = campaign.stage("questions").require().metrics
+            num_samples = counts["seed"] * config.sampler.num_samples
+            num_samples += counts["eval"] * (1 + config.evaluation.num_samples)
+            if config.selection.samples_candidates and round_index < config.rounds:
+                num_samples += counts["candidate"] * config.sampler.num_samples
+            seconds = manifest.cost.get("generate_seconds", 0.0) / config.sampler.replicas
+            return min(manifest.seconds, seconds), num_samples / max(1, manifest.metrics["num_samples"])
+        case _:
+            return 0.0, 1.0

@@ -143,21 +143,22 @@ def config_text(target: RunDirectory) -> str:
 
 def remove_from(target: RunDirectory, stage_name: str, round_index: int) -> None:
     """Remove a stage of a round and all that comes after it."""
-    from engine.ledger import POOL_STAGES, ROUND_STAGES
+    from engine.stages import pool_folders, round_folders
 
-    if stage_name not in POOL_STAGES + ROUND_STAGES:
-        raise ConfigError(f"no stage is called {stage_name!r}", hint=f"Stages: {', '.join(POOL_STAGES + ROUND_STAGES)}")
+    of_pool, of_round = pool_folders(), round_folders()
+    if stage_name not in of_pool + of_round:
+        raise ConfigError(f"no stage is called {stage_name!r}", hint=f"Stages: {', '.join(of_pool + of_round)}")
     if round_index not in range(max(1, target.num_rounds_begun())):
         raise RunDirectoryError(
             f"{target.url} has no round {round_index}", hint="`ka2l status` shows the rounds that were begun."
         )
-    if stage_name in POOL_STAGES:
-        for name in POOL_STAGES:
+    if stage_name in of_pool:
+        for name in of_pool:
             target.stage(name).remove()
-        round_index, stage_name = 0, ROUND_STAGES[0]
+        round_index, stage_name = 0, of_round[0]
     for index in range(round_index, target.num_rounds_begun()):
-        first = ROUND_STAGES.index(stage_name) if index == round_index else 0
-        for name in ROUND_STAGES[first:]:
+        first = of_round.index(stage_name) if index == round_index else 0
+        for name in of_round[first:]:
             target.stage(name, index).remove()
 
 

@@ -28,31 +28,8 @@ from typing import Any
 import pyarrow as pa
 
 from engine.artifacts import RunDirectory, Stage, add_up, read_shard
+from engine.stages import pool_folders, round_folders
 from ka2l.records import LEDGER
-
-#: Stages in the order of the loop.
-ROUND_STAGES = (
-    "observe",
-    "cluster",
-    "label",
-    "extract",
-    "probe",
-    "feedback",
-    "knowledge",
-    "evaluate",
-    "perplexity",
-    "select",
-    "corpus_states",
-    "decoder",
-    "decode",
-    "annotate",
-    "facts",
-    "difficulty",
-    "augment",
-    "tune",
-    "compare",
-)
-POOL_STAGES = ("questions", "references", "corpus")
 
 
 def committed_stages(run: RunDirectory) -> Iterator[Stage]:
@@ -66,10 +43,10 @@ def begun_stages(run: RunDirectory) -> Iterator[tuple[Stage, dict[str, Any]]]:
 
 
 def _stages(run: RunDirectory) -> Iterator[Stage]:
-    for name in POOL_STAGES:
+    for name in pool_folders():
         yield run.stage(name)
     for round_index in range(run.num_rounds_begun()):
-        for name in ROUND_STAGES:
+        for name in round_folders():
             yield run.stage(name, round_index)
 
 

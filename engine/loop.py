@@ -1,31 +1,12 @@
 """The active-learning loop. Start reading here.
 
-One round asks one model state, the base model with the adapter tuned so far:
+A round asks one model state, the base model with the adapter tuned so far, what it knows; asks the annotator for what
+it does not know; and learns from the answers. The stages of each part stand in ``engine/stages/__init__.py``, in their
+order: ``KNOW``, ``ASK``, ``LEARN``. A last observation measures the final state.
 
-    observe   sample answers                          -> what it says
-    cluster   group them by meaning                   -> semantic entropy; accuracy on eval
-    label     dynamic threshold                       -> known / unknown for the seed questions
-    extract   one forward pass a question             -> hidden states
-    probe     classifier on the seed questions' states
-    feedback  how sure is the base model of its own samples, and was it right about what has been annotated?
-    knowledge P(unknown) of every question            -> the knowledge map
-    evaluate  facts, wording, calibration             -> figures beside accuracy; nothing depends on them
-    perplexity one forward pass a candidate           -> how hard its wording is; for the strategy of that name alone
-    select    query strategy                          -> what to ask the annotator
-    decode    unknown states to new questions         -> gated; a share of the round's annotations goes to them
-    annotate  answers for the selected questions      -> the only stage that costs annotation
-    tune      LoRA on answers and on the model's own answers to the rest
-
-With ``tuning.kind: knowtuning`` answers are taken apart before they are tuned on, and compared afterwards:
-
-    facts      an answer's atomic facts
-    difficulty perplexity of each under the current model
-    augment    questions for the hardest; better and worse answers
-    compare    DPO from the tuned adapter on
-
-A last observation measures the final state. Every stage commits a table and is skipped when it is already there, so
-running a finished run again does nothing and running a killed one goes on where it stopped. Where the cap on hours is
-near, a stage that would not fit ends the run (ka2l.errors.HoursUsedUp), at a point where its last state is measured.
+Every stage commits a table and is skipped when it is already there, so running a finished run again does nothing and
+running a killed one goes on where it stopped. Where the cap on hours is near, a stage that would not fit ends the run
+(ka2l.errors.HoursUsedUp), at a point where its last state is measured.
 """
 
 from __future__ import annotations
@@ -34,75 +15,60 @@ from engine import stages
 from engine.campaign import Campaign
 from engine.ledger import write_ledger
 from engine.report import write_report
+from engine.stage_kind import StageKind
+from engine.stages.fitting import check_tables
+from engine.stages.pool import check_budget
+from engine.stopping import enough, money_reason, nothing_learnt, used_up
 
 
 def run(campaign: Campaign) -> None:
     """Run all rounds that are not committed yet, and write the report after each."""
-    stages.check_tables(campaign)
-    stages.pool(campaign)
-    stages.check_budget(campaign)
-    if campaign.config.decoder.kind != "none":
-        stages.corpus(campaign)
-    reason = None
-    rounds = campaign.config.rounds
-    for round_index in range(rounds):
-        reason = campaign.used_up(round_index)
-        if reason is not None:
+    check_tables(campaign)
+    for stage in stages.POOL:
+        stage(campaign)
+    check_budget(campaign)
+    round_index, reason = 0, None
+    while reason is None and round_index < campaign.config.rounds:
+        reason = run_round(campaign, round_index)
+        if reason is None:
+            publish(campaign, "running")
+            round_index += 1
+        else:
             campaign.events.say(reason)
-            rounds = round_index
-            break
-        probe_round(campaign, round_index)
-        reason = campaign.enough(round_index)
-        if reason is not None:
-            campaign.events.say(reason)
-            rounds = round_index
-            break
-        if campaign.config.selection.kind == "perplexity":
-            stages.perplexity(campaign, round_index)
-        stages.select(campaign, round_index)
-        if campaign.config.decoder.kind != "none":
-            stages.fit_decoder(campaign, round_index)
-            stages.decode(campaign, round_index)
-        stages.annotate(campaign, round_index)
-        reason = campaign.money_reason(round_index)
-        if campaign.num_annotated(round_index + 1) == campaign.num_annotated(round_index):
-            campaign.events.say(reason or "The annotator refused every question of this round.")
-            rounds = round_index
-            break
-        if campaign.config.tuning.augments:
-            stages.facts(campaign, round_index)
-            stages.difficulty(campaign, round_index)
-            stages.augment(campaign, round_index)
-        stages.tune(campaign, round_index)
-        if campaign.config.tuning.compares:
-            stages.compare(campaign, round_index)
-        publish(campaign, "running")
-    stages.observe(campaign, rounds)
-    stages.cluster(campaign, rounds)
-    if rounds > 0:
-        stages.feedback(campaign, rounds)
-    stages.evaluate(campaign, rounds)
+    for stage in stages.KNOW:
+        if stage.closes:
+            stage(campaign, round_index)
+    if reason is None and round_index:
+        reason = money_reason(campaign, round_index - 1)
     publish(campaign, "complete", reason)
+
+
+def run_round(campaign: Campaign, round_index: int) -> str | None:
+    """Run one round; returns why the run ends with the state that it began with, None where it has made another."""
+    for part in (stages.KNOW, stages.ASK, stages.LEARN):
+        reason = stop_reason(campaign, part, round_index)
+        if reason is not None:
+            return reason
+        for stage in part:
+            stage(campaign, round_index)
+    return None
+
+
+def stop_reason(campaign: Campaign, part: tuple[StageKind, ...], round_index: int) -> str | None:
+    """Why the run ends before this part of the round, in a sentence; None where it goes on."""
+    if part is stages.KNOW:
+        return used_up(campaign, round_index)
+    if part is stages.ASK:
+        return enough(campaign, round_index)
+    return nothing_learnt(campaign, round_index)
 
 
 def probe(campaign: Campaign) -> None:
     """Only map what the model knows of the pool: the first round up to the knowledge table."""
     stages.pool(campaign)
-    probe_round(campaign, 0)
+    for stage in stages.KNOW:
+        stage(campaign, 0)
     publish(campaign, "complete")
-
-
-def probe_round(campaign: Campaign, round_index: int) -> None:
-    """Ask one model state what it knows."""
-    stages.observe(campaign, round_index)
-    stages.cluster(campaign, round_index)
-    stages.label(campaign, round_index)
-    stages.extract(campaign, round_index)
-    stages.probe(campaign, round_index)
-    if campaign.config.has_feedback(round_index):
-        stages.feedback(campaign, round_index)
-    stages.knowledge(campaign, round_index)
-    stages.evaluate(campaign, round_index)
 
 
 def publish(campaign: Campaign, status: str, reason: str | None = None) -> None:

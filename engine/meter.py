@@ -6,14 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from ka2l.errors import KA2LError
-
-if TYPE_CHECKING:
-    from engine.config import RunConfig
-    from ka2l.hidden_states import ExtractionConfig
-    from ka2l.sampling import EngineConfig
 
 #: What a meter counts.
 SPENT_ITEMS = ("seconds", "cpu_seconds", "gpu_seconds")
@@ -111,31 +105,3 @@ class Meter:
         # A disk that takes nothing more is the stage's own error to report.
         with contextlib.suppress(OSError, KA2LError):
             save(self.spent())
-
-
-def workers(stage: str, config: RunConfig | None) -> tuple[float, float]:
-    """CPUs and GPUs that the config sets aside for a stage; one CPU for stages that the driver does itself."""
-    if config is None:
-        return 1.0, 0.0
-    decoder, tuning = config.decoder, config.tuning
-    match stage:
-        case "observe":
-            return _replicas(config.sampler)
-        case "extract" | "corpus_states" | "difficulty" | "perplexity":
-            return _replicas(config.extraction)
-        case "cluster" | "feedback":
-            return 1.0, config.equivalence.gpus
-        case "decoder" | "decode":
-            return decoder.cpus_per_worker, decoder.gpus_per_worker
-        case "annotate" if config.annotator.kind == "local_teacher":
-            return _replicas(config.annotator.engine)
-        case "facts" | "augment" if tuning.knowtuning.writer == "local_teacher":
-            return _replicas(config.annotator.engine)
-        case "tune" | "compare":
-            return tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker
-        case _:
-            return 1.0, 0.0
-
-
-def _replicas(section: EngineConfig | ExtractionConfig) -> tuple[float, float]:
-    return section.replicas * section.cpus_per_replica, section.replicas * section.gpus_per_replica

@@ -9,7 +9,6 @@ from typing import Any
 
 from engine import report_figures
 from engine.artifacts import RunDirectory
-from engine.ledger import ROUND_STAGES
 from engine.prices import PricesConfig
 from engine.report_baseline import aspects_against, read_baseline
 from engine.report_collect import collect
@@ -27,7 +26,7 @@ from engine.report_figures import Chart
 from engine.report_net import Net, net, net_summary
 from engine.report_net_figures import curves
 from engine.report_page import render_page
-from engine.report_spending import PURPOSES
+from engine.stages import folders_by_purpose, round_folders
 
 __all__ = ["ReportData", "collect", "render", "summary", "write_report"]
 
@@ -197,7 +196,7 @@ def _costs(data: ReportData) -> dict[str, Any]:
     """Rows (name, {item: quantity}) by stage and by round with its stages, the totals and a sentence on probing."""
     everything = [(name, stage) for name, stage in data.pool_stages.items()]
     everything += [(name, stage) for item in data.rounds for name, stage in item.stages.items()]
-    order = {name: index for index, name in enumerate((*data.pool_stages, *ROUND_STAGES))}
+    order = {name: index for index, name in enumerate((*data.pool_stages, *round_folders()))}
     names = sorted({name for name, _ in everything}, key=lambda name: order.get(name, len(order)))
     by_stage = [(name, _sum(stage.cost for other, stage in everything if other == name)) for name in names]
     total = _sum(stage.cost for _, stage in everything)
@@ -209,7 +208,7 @@ def _costs(data: ReportData) -> dict[str, Any]:
     seconds = dict(by_stage)
     shares = {
         purpose: sum(seconds.get(name, {}).get("seconds", 0.0) for name in stages) / total["seconds"]
-        for purpose, stages in PURPOSES.items()
+        for purpose, stages in folders_by_purpose().items()
         if total["seconds"] > 0
     }
     return {"by_stage": by_stage, "by_round": [row for row in by_round if row[2]], "total": total, "shares": shares}

@@ -19,7 +19,6 @@ from pyarrow import fs as pafs
 
 from engine.artifacts import RunDirectory
 from engine.jobs import FAILED
-from engine.ledger import ROUND_STAGES
 from engine.report_data import (
     AnswerChange,
     ConfidentMistake,
@@ -32,6 +31,7 @@ from engine.report_data import (
 from engine.report_metadata import MetadataColumns
 from engine.report_reader import UNREADABLE, Reader, Sample
 from engine.report_stages import collect_stages
+from engine.stages import round_folders
 from ka2l.records import SPLITS
 
 MAX_POINTS = 2_000
@@ -292,7 +292,7 @@ def _read_quarantine(reader: Reader, data: ReportData) -> None:
 
 def _read_failures(reader: Reader, data: ReportData) -> None:
     """Questions that broke a stage's work on them, beside the rows that never became questions."""
-    for name, index in ((name, item.round) for item in data.rounds for name in ROUND_STAGES):
+    for name, index in ((name, item.round) for item in data.rounds for name in round_folders()):
         manifest, stage = reader.manifest(name, index), reader.stage(name, index)
         if manifest is None or not manifest.cost.get(FAILED):
             continue

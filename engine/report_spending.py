@@ -6,25 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.meter import workers
 from engine.prices import PricesConfig, Work
 from engine.report_data import ReportData, RoundReport, StageReport, finite
+from engine.stage_kind import PURPOSES
+from engine.stages import room_of, stage_kind
 from ka2l.tuning import num_steps
 
-#: What computation is for, and the stages that do it. ``observe`` and ``cluster`` are shared out: see `_shares`.
-PURPOSES: Mapping[str, tuple[str, ...]] = {
-    "sampling": ("observe", "cluster"),
-    "probing": ("label", "extract", "probe", "feedback", "knowledge", "perplexity", "select"),
-    "decoding": ("corpus", "corpus_states", "decoder", "decode"),
-    "tuning": ("facts", "difficulty", "augment", "tune", "compare"),
-    "measuring": ("evaluate",),
-    "rest": ("questions", "references", "annotate"),
-}
 #: What only a selection that asks the model first needs.
 KNOWING = ("sampling", "probing")
-#: What the answers of ``observe`` are for.
+#: What sampled answers are for, by the purpose in their table.
 _ANSWERS = {"probe": "sampling", "eval": "measuring", "rehearsal": "tuning", "agreement": "measuring"}
-_PURPOSE_OF = {stage: purpose for purpose, stages in PURPOSES.items() for stage in stages}
 
 
 class Point(NamedTuple):
@@ -72,15 +63,15 @@ class Everything:
 
 def spending(data: ReportData, measured_in: int | None = None) -> Spending:
     """What was spent in all, or by the time that the accuracy of round ``measured_in`` was known."""
-    work = {purpose: Work() for purpose in PURPOSES}
+    work: dict[str, Work] = {purpose: Work() for purpose in PURPOSES}
     for name, stage in data.pool_stages.items():
-        work[_PURPOSE_OF[name]] += stage_work(data, name, stage)
+        work[_purpose_of(name)] += stage_work(data, name, stage)
     annotations, unbooked, booked = 0, 0, 0.0
     for item in data.rounds:
         if measured_in is not None and item.round > measured_in:
             break
         for name, stage in item.stages.items():
-            if item.round == measured_in and name not in ("observe", "cluster"):
+            if item.round == measured_in and not _measures(name):
                 continue
             for purpose, share in _shares(name, item):
                 work[purpose] += stage_work(data, name, stage) * share
@@ -95,7 +86,7 @@ def stage_work(data: ReportData, name: str, stage: StageReport) -> Work:
     """Recorded CPU and GPU time; for runs that recorded none, wall-clock time on the workers that the config names."""
     seconds, cpu, gpu = (finite(stage.cost.get(item)) for item in ("seconds", "cpu_seconds", "gpu_seconds"))
     if cpu is None and gpu is None:
-        cpus, gpus = workers(name, data.config)
+        cpus, gpus = room_of(name, data.config)
         return Work(seconds or 0.0, (seconds or 0.0) * cpus, (seconds or 0.0) * gpus)
     return Work(seconds or 0.0, cpu or 0.0, gpu or 0.0)
 
@@ -108,14 +99,24 @@ def is_recorded(data: ReportData) -> bool:
 
 def _shares(name: str, item: RoundReport) -> Iterator[tuple[str, float]]:
     """Purposes of a stage and their shares. One engine session answers for several purposes: by generated tokens."""
-    kinds = {"observe": tuple(_ANSWERS), "cluster": ("probe", "eval", "agreement")}.get(name, ())
-    tokens = {kind: item.answer_tokens.get(kind, 0) for kind in kinds}
+    kind = stage_kind(name)
+    tokens = {answer: item.answer_tokens.get(answer, 0) for answer in (kind.answers if kind else ())}
     total = sum(tokens.values())
     if not total:
-        yield _PURPOSE_OF[name], 1.0
+        yield _purpose_of(name), 1.0
         return
-    for kind, number in tokens.items():
-        yield _ANSWERS[kind], number / total
+    for answer, number in tokens.items():
+        yield _ANSWERS[answer], number / total
+
+
+def _purpose_of(name: str) -> str:
+    kind = stage_kind(name)
+    return "rest" if kind is None else kind.purpose
+
+
+def _measures(name: str) -> bool:
+    kind = stage_kind(name)
+    return kind is not None and kind.measures
 
 
 def curve(data: ReportData, prices: PricesConfig, annotation_price: float, *, knowing: bool = True) -> list[Point]:

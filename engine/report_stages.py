@@ -9,10 +9,10 @@ from pydantic import ValidationError
 
 from engine.artifacts import Manifest
 from engine.config import RunConfig
-from engine.ledger import POOL_STAGES, ROUND_STAGES
 from engine.prices import PricesConfig
 from engine.report_data import ReportData, RoundReport, StageReport
 from engine.report_reader import Reader
+from engine.stages import pool_folders, round_folders
 
 
 def collect_stages(reader: Reader, status: str | None = None, reason: str | None = None) -> ReportData:
@@ -40,11 +40,11 @@ def collect_stages(reader: Reader, status: str | None = None, reason: str | None
         seed=config.get("seed") if isinstance(config.get("seed"), int) else None,
         problems=reader.problems,
     )
-    manifests = [(name, manifest) for name in POOL_STAGES if (manifest := reader.manifest(name, None))]
+    manifests = [(name, manifest) for name in pool_folders() if (manifest := reader.manifest(name, None))]
     data.pool_stages = {name: _stage_report(manifest) for name, manifest in manifests}
     found = [manifest for _, manifest in manifests]
     for index in range(run.num_rounds_begun()):
-        committed = {name: manifest for name in ROUND_STAGES if (manifest := reader.manifest(name, index))}
+        committed = {name: manifest for name in round_folders() if (manifest := reader.manifest(name, index))}
         data.rounds.append(
             RoundReport(
                 index,

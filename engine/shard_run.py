@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 _DEADLINES = 2.5
 
 
+def run_host(
+    campaign: Campaign,
+    stage: Stage,
+    make_host: Callable[[], Host],
+    inputs: dict[str, ShardInput],
+    *,
+    replicas: int,
+    cpus: float,
+    gpus: float,
+    over: Stage | None = None,
+) -> None:
+    """Make the missing shards of a stage with ``replicas`` hosts: one for each of ``over``, the pool's questions.
+
+    Raises:
+        TooManyFailuresError: more questions than the config allows could not be worked on.
+        StageStalledError: workers were lost or stuck, and so were those that took their place.
+    """
+    ShardRun(campaign, stage, make_host, inputs, replicas, Capacity(cpus, gpus), over).run()
+
+
 class ShardRun:
     """One pass over the shards of a stage.
 
@@ -64,7 +84,7 @@ class ShardRun:
         """Times in a row that all workers were lost before any made a shard."""
 
     def run(self) -> None:
-        """Returns once every shard is there; raises as `engine.campaign.run_host` does."""
+        """Returns once every shard is there; raises as `run_host` does."""
         self.stage.forget_attempts("open-")
         with self.campaign.events.progress(self.stage.label, sum(self.rows.values()), "questions") as progress:
             if self.finished:

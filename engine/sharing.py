@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from typing import TYPE_CHECKING
 
 from actors.shared import Service, SharedEquivalence, SharedPool, joined
 from engine import build
 from engine.artifacts import Stage, fingerprint
-from engine.campaign import Campaign
 from ka2l.equivalence import Equivalence
+
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
 #: Cores of the service, and of a stage's worker that asks it: together no more than a worker with a model of its own.
 _SERVICE_CPUS, ASKING_CPUS = 0.75, 0.25

@@ -180,25 +180,15 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
     """
     rows = _subset(campaign)
     warm = _small_campaign(campaign, folder, rows)
-    stages.pool(warm)
-    probing = (
-        stages.observe, stages.cluster, stages.label, stages.extract, stages.probe, stages.feedback, stages.knowledge
-    )  # fmt: skip
-    for stage in probing:
-        stage(warm, 0)
-    if warm.config.selection.kind == "perplexity":
-        stages.perplexity(warm, 0)
-    stages.select(warm, 0)
-    decoding = _measure_decoding(warm) if warm.config.decoder.kind != "none" else None
-    stages.annotate(warm, 0)
-    if warm.config.tuning.augments:
-        for stage in (stages.facts, stages.difficulty, stages.augment):
+    for stage in stages.POOL:
+        stage(warm)
+    # A leaf may ask a judge, which costs money.
+    for stage in stages.round_stages():
+        if not stage.is_leaf:
             stage(warm, 0)
-    stages.tune(warm, 0)
-    if warm.config.tuning.compares:
-        stages.compare(warm, 0)
-    for stage in probing:
-        stage(warm, 1)
+    for stage in stages.KNOW:
+        if not stage.is_leaf:
+            stage(warm, 1)
 
     def pace(name: str, round_index: int) -> Pace:
         return _pace(warm.stage(name, round_index).require())
@@ -213,10 +203,10 @@ def measure(campaign: Campaign, folder: Path) -> Rates:
         extract=pace("extract", 0),
         extract_adapted=pace("extract", 1),
         cluster=pace("cluster", 1),
-        feedback=pace("feedback", 0),
+        feedback=pace("feedback", 0 if warm.config.has_feedback(0) else 1),
         driver=_driver_paces(warm, sum(row["split"] == "seed" for row in rows), len(rows)),
         tune=_tuning_pace(warm),
-        decoding=decoding,
+        decoding=_decoding(warm) if warm.config.decoder.kind != "none" else None,
         refining=_refining(warm) if warm.config.tuning.augments else None,
         scoring=_scoring(warm) if warm.config.selection.kind == "perplexity" else None,
     )
@@ -402,10 +392,7 @@ def _answer_tokens(campaign: Campaign, round_index: int) -> dict[str, Range]:
     return {purpose: mean_of(counts) for purpose, counts in found.items()}
 
 
-def _measure_decoding(campaign: Campaign) -> Decoding:
-    stages.corpus(campaign)
-    stages.fit_decoder(campaign, 0)
-    stages.decode(campaign, 0)
+def _decoding(campaign: Campaign) -> Decoding:
     fitted, decoded = (campaign.stage(name, 0).require() for name in ("decoder", "decode"))
     return Decoding(
         fit=_trained_pace(fitted),

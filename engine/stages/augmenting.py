@@ -7,15 +7,16 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
-from engine.stages.choosing import annotation_context, batch_size, teacher_fields, teacher_workers
+from engine.shard_run import run_host
+from engine.stage_kind import Outcome, Work, declare, replicas
+from engine.stages.choosing import annotation_context, asking_room, batch_size, teacher_fields, teacher_workers
 from engine.stages.tables import adapter_input, among, by_id, num_rows
 from ka2l.knowledge_writer import KnowledgeWriter
 from ka2l.knowtuning import KnownFacts, count_refusals, extract_facts
@@ -23,12 +24,20 @@ from ka2l.knowtuning import augment as augment_answers
 from ka2l.records import FACTS, PAIRS
 from ka2l.teacher_reply import Usage
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
+
 Row = Mapping[str, Any]
 #: From a batch of rows to what is made of them, and (question id, part, reason) of what could not be made.
 Make = Callable[[KnowledgeWriter, Sequence[Row]], tuple[list[dict[str, Any]], list[tuple[str, str, str]]]]
 
 
-def facts(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "tuning",
+    room=lambda config: asking_room(config, local=config.tuning.knowtuning.writer == "local_teacher"),
+    needed=lambda config, round_index: config.tuning.augments,
+)
+def facts(campaign: Campaign, round_index: int) -> Work:
     """Take the round's annotated answers apart into atomic facts."""
     annotated = campaign.stage("annotate", round_index)
 
@@ -45,12 +54,15 @@ def facts(campaign: Campaign, round_index: int) -> None:
         rows = annotated.table(["question_id", "question", "answers"]).sort_by("question_id").to_pylist()
         return _write(campaign, stage, rows, make, FACTS), {}
 
-    commit_stage(
-        campaign, "facts", round_index, config=_writer_fields(campaign), inputs=[annotated], work=work
-    )  # fmt: skip
+    return Work(_writer_fields(campaign), [annotated], work)
 
 
-def difficulty(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "tuning",
+    room=lambda config: replicas(config.extraction),
+    needed=lambda config, round_index: config.tuning.augments,
+)
+def difficulty(campaign: Campaign, round_index: int) -> Work:
     """Perplexity of every fact under this round's model state: one forward pass."""
     config = campaign.config
     extracted = campaign.stage("facts", round_index)
@@ -76,13 +88,15 @@ def difficulty(campaign: Campaign, round_index: int) -> None:
     fields: dict[str, Any] = {"perplexity_given": config.tuning.knowtuning.perplexity_given}
     if given_question:
         fields["prompt"] = config.prompt.result_fields()
-    commit_stage(
-        campaign, "difficulty", round_index, config=fields,
-        inputs=[extracted, *adapter_input(campaign, round_index)], work=work,
-    )  # fmt: skip
+    return Work(fields, [extracted, *adapter_input(campaign, round_index)], work)
 
 
-def augment(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "tuning",
+    room=lambda config: asking_room(config, local=config.tuning.knowtuning.writer == "local_teacher"),
+    needed=lambda config, round_index: config.tuning.augments,
+)
+def augment(campaign: Campaign, round_index: int) -> Work:
     """Questions for the hardest facts, and a better and worse answers to each question."""
     config = campaign.config
     extracted, measured = campaign.stage("facts", round_index), campaign.stage("difficulty", round_index)
@@ -105,11 +119,7 @@ def augment(campaign: Campaign, round_index: int) -> None:
 
     knowtuning = config.tuning.knowtuning.result_fields()
     made_by = ("augment", "hard_share", "aspects", "delete_share")
-    commit_stage(
-        campaign, "augment", round_index,
-        config=_writer_fields(campaign) | {name: knowtuning[name] for name in made_by},
-        inputs=[extracted, measured], work=work,
-    )  # fmt: skip
+    return Work(_writer_fields(campaign) | {name: knowtuning[name] for name in made_by}, [extracted, measured], work)
 
 
 def _writer_fields(campaign: Campaign) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage
 from engine.sharing import shared_teacher
+from engine.stage_kind import Outcome, Room, Work, declare, one_cpu, replicas
 from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
 from ka2l.annotation import Annotator, AnnotatorConfig
 from ka2l.annotation_human import Task
@@ -28,6 +28,10 @@ from ka2l.selection import Candidates, Shortlist, explored_share
 from ka2l.selection import select as select_candidates
 from ka2l.teacher_reply import Usage
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
+    from engine.config import RunConfig
+
 #: selection.kind -> the stage and column that hold what candidates are ranked by, and its name in Candidates.
 _MEASURED = {
     "semantic_entropy": ("cluster", "semantic_entropy", "entropy"),
@@ -36,7 +40,8 @@ _MEASURED = {
 }
 
 
-def select(campaign: Campaign, round_index: int) -> None:
+@declare("probing")
+def select(campaign: Campaign, round_index: int) -> Work:
     """Choose the questions to annotate by the query strategy."""
     config = campaign.config
     known = campaign.stage("knowledge", round_index)
@@ -79,10 +84,8 @@ def select(campaign: Campaign, round_index: int) -> None:
             counts["num_compared"] = len(candidates.question_ids)
         return {"strategy": kind} | counts, {}
 
-    commit_stage(
-        campaign, "select", round_index, config=config.selection.result_fields() | {"budget": budget},
-        inputs=[known, *chosen_before, observed, extracted, *measured], work=work,
-    )  # fmt: skip
+    fields = config.selection.result_fields() | {"budget": budget}
+    return Work(fields, [known, *chosen_before, observed, extracted, *measured], work)
 
 
 def _candidates(campaign: Campaign, round_index: int, shard: str, taken: pa.Array) -> Candidates:
@@ -126,7 +129,8 @@ def _probe_layer(campaign: Campaign, round_index: int) -> int:
     return int(campaign.stage("probe", round_index).require().metrics["layer"])
 
 
-def annotate(campaign: Campaign, round_index: int) -> None:
+@declare("rest", room=lambda config: asking_room(config, local=config.annotator.kind == "local_teacher"))
+def annotate(campaign: Campaign, round_index: int) -> Work:
     """Ask the annotator for answers to selected and decoded questions. A batch that is written is never asked again."""
     questions, references = campaign.stage("questions"), campaign.stage("references")
     chosen = [campaign.stage("select", round_index)]
@@ -175,10 +179,12 @@ def annotate(campaign: Campaign, round_index: int) -> None:
             "stopped": stopped,
         }, {}
 
-    commit_stage(
-        campaign, "annotate", round_index, config=annotator_fields(campaign),
-        inputs=[questions, references, *chosen], work=work,
-    )  # fmt: skip
+    return Work(annotator_fields(campaign), [questions, references, *chosen], work)
+
+
+def asking_room(config: RunConfig, *, local: bool) -> Room:
+    """What a stage that asks a teacher holds: a local teacher's engines, else the driver alone."""
+    return replicas(config.annotator.engine) if local else one_cpu(config)
 
 
 def teacher_workers(campaign: Campaign, *, local: bool) -> contextlib.AbstractContextManager[Placement]:

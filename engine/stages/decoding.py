@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ from actors.decoder import decode_states, extract_states
 from actors.placement import Placement
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stage_kind import Outcome, Room, Work, declare
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
 from engine.stages.tables import among, by_id, each_states, kept_questions, load_stage_probe, make_table, states_of
@@ -31,6 +31,9 @@ from ka2l.decoding import (
 from ka2l.pool import question_key
 from ka2l.records import DECODED, stored_next_token, stored_states
 from ka2l.seeds import row_seed
+
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
 _UNKNOWN = 0.5
 
@@ -76,7 +79,12 @@ def decoded_id(question: str) -> str:
     return f"d-{question_key(question)}"
 
 
-def decode(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "decoding",
+    room=lambda config: Room(config.decoder.cpus_per_worker, config.decoder.gpus_per_worker),
+    needed=lambda config, round_index: config.decoder.kind != "none",
+)
+def decode(campaign: Campaign, round_index: int) -> Work:
     """Decode the unknown ones' states among the selected, and variants of them, into new questions; keep those that
     pass all gates.
 
@@ -113,12 +121,8 @@ def decode(campaign: Campaign, round_index: int) -> None:
         return _metrics(drafts), {}
 
     fields = {"decoder": config.decoder.result_fields(), "annotator": annotator_fields(campaign)}
-    commit_stage(
-        campaign, "decode", round_index, config=fields,
-        inputs=[questions, extracted, probed, knowing, chosen, fitted,
-                *([source] if source.label != fitted.label else []), *earlier],
-        work=work,
-    )  # fmt: skip
+    other = [source] if source.label != fitted.label else []
+    return Work(fields, [questions, extracted, probed, knowing, chosen, fitted, *other, *earlier], work)
 
 
 def unknown_parents(selected: Sequence[str], p_unknown: Mapping[str, float]) -> list[str]:

@@ -6,19 +6,18 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from engine import build
 from engine.artifacts import Stage, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stage_kind import Outcome, Work, declare
 from engine.stages.choosing import annotation_context, teacher_workers
 from engine.stages.tables import among, annotated_ids, by_id, eval_grades, facts_asked
 from ka2l.answer_facts import FactCounts, compare_facts, counts_by_testbed, counts_of, fact_metrics, win_rates
 from ka2l.answer_judge import AnswerJudge, Comparison, JudgedAnswer, JudgedPair
-from ka2l.errors import StaleStageError
 from ka2l.evaluation import Confidence, agreement, confidence_figures, text_figures, text_scores
 from ka2l.knowtuning import ASPECTS, Aspect
 from ka2l.models import model_name
@@ -26,25 +25,21 @@ from ka2l.records import EVALUATED
 from ka2l.seeds import row_seed
 from ka2l.teacher_client import Refused
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
+
 #: Answers that the judge is asked about together.
 _JUDGED_TOGETHER = 64
 
 Rows = dict[str, dict[str, Any]]
 
 
-def evaluate(campaign: Campaign, round_index: int) -> None:
+@declare("measuring", closes=True, is_leaf=True)
+def evaluate(campaign: Campaign, round_index: int) -> Work:
     """Figures of the greedy answers to eval questions, and of what claims to know how far they can be trusted.
 
     Where it was made with other settings it is made again: no other stage reads it but those of later rounds.
     """
-    try:
-        _evaluate(campaign, round_index)
-    except StaleStageError:
-        campaign.stage("evaluate", round_index).remove()
-        _evaluate(campaign, round_index)
-
-
-def _evaluate(campaign: Campaign, round_index: int) -> None:
     graded, known = campaign.stage("cluster", round_index), campaign.stage("knowledge", round_index)
     inputs = [campaign.stage("questions"), campaign.stage("references"), graded]
     if known.manifest() is not None:  # the closing observation judges no states
@@ -58,7 +53,7 @@ def _evaluate(campaign: Campaign, round_index: int) -> None:
         write_shard(stage.url, shard_name(0), pa.Table.from_pylist(table, schema=EVALUATED), {})
         return {"num_eval": len(rows)} | metrics, cost
 
-    commit_stage(campaign, "evaluate", round_index, config=_fields(campaign), inputs=inputs, work=work)
+    return Work(_fields(campaign), inputs, work)
 
 
 def _fields(campaign: Campaign) -> dict[str, Any]:

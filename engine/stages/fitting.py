@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,18 @@ import pyarrow.compute as pc
 from actors.decoder import PairSource, run_decoder_training
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
+from engine.shard_run import run_host
+from engine.stage_kind import Outcome, Room, Work, declare, replicas
 from engine.stages.tables import adapter_input, by_id, load_stage_probe, states_of
 from ka2l.hidden_states import ExtractionConfig
 from ka2l.metrics import auroc
 from ka2l.pool import question_key
 from ka2l.pool_sources import content_identity, find_pieces, read_piece
 from ka2l.seeds import row_seed
+
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
 _CORPUS = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("question_id", "question", "split")],
@@ -39,7 +43,8 @@ def check_tables(campaign: Campaign) -> None:
             find_pieces(path, columns)
 
 
-def corpus(campaign: Campaign) -> None:
+@declare("decoding", in_rounds=False, needed=lambda config, round_index: config.decoder.kind != "none")
+def corpus(campaign: Campaign, round_index: int) -> Work:
     """Read the questions that the decoder is trained on beside the candidates: none that the pool holds."""
     config, path = campaign.config.decoder, campaign.corpus_path()
     questions = campaign.stage("questions")
@@ -69,7 +74,7 @@ def corpus(campaign: Campaign) -> None:
         "num_corpus": config.num_corpus,
         "shard_rows": campaign.config.shard_rows,
     }
-    commit_stage(campaign, "corpus", None, config=fields, inputs=[questions], work=work)
+    return Work(fields, [questions], work)
 
 
 def _corpus_questions(path: str) -> Iterator[str]:
@@ -111,7 +116,12 @@ class Drift(NamedTuple):
     auroc_drop: float | None
 
 
-def fit_decoder(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "decoding",
+    room=lambda config: Room(config.decoder.cpus_per_worker, config.decoder.gpus_per_worker),
+    needed=lambda config, round_index: config.decoder.kind != "none",
+)
+def decoder(campaign: Campaign, round_index: int) -> Work:
     """Fit a decoder to this round's states, or say that the last one still reads them."""
     config = campaign.config
     questions, corpus_, extracted = (
@@ -126,7 +136,6 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
     inputs = [questions, extracted, probed, corpus_, *earlier]
     layer = int(probed.require().metrics["layer"])
     if drift.needs_fit and corpus_.shard_names():
-        corpus_states(campaign, round_index, layer)
         states = campaign.stage("corpus_states", round_index)
         sources.append(PairSource(corpus_.url, states.url, corpus_.shard_names(), "corpus"))
         inputs.append(states)
@@ -174,7 +183,7 @@ def fit_decoder(campaign: Campaign, round_index: int) -> None:
         "extraction": config.extraction.result_fields(),
         "prompt": config.prompt.result_fields(),
     }
-    commit_stage(campaign, "decoder", round_index, config=fields, inputs=inputs, work=work)
+    return Work(fields, inputs, work)
 
 
 def measure_drift(campaign: Campaign, round_index: int) -> Drift:
@@ -209,10 +218,19 @@ def measure_drift(campaign: Campaign, round_index: int) -> Drift:
     return Drift(fitted_round, moved or not same_layer, same_layer, mean_cosine, drop)
 
 
-def corpus_states(campaign: Campaign, round_index: int, layer: int) -> None:
-    """States of the corpus under this round's model state, at the probe's layer alone."""
+@declare(
+    "decoding",
+    room=lambda config: replicas(config.extraction),
+    needed=lambda config, round_index: config.decoder.kind != "none",
+)
+def corpus_states(campaign: Campaign, round_index: int) -> Work | None:
+    """States of the corpus under this round's model state, at the probe's layer alone; nothing where no decoder is to
+    be fitted to them."""
     config = campaign.config
     corpus_ = campaign.stage("corpus")
+    if not corpus_.shard_names() or not measure_drift(campaign, round_index).needs_fit:
+        return None
+    layer = int(campaign.stage("probe", round_index).require().metrics["layer"])
     # The decoder reads states alone, so the layers above need not run.
     extraction = one_layer(config.extraction, layer).model_copy(update={"next_token": False})
     state = campaign.state(round_index)
@@ -231,10 +249,7 @@ def corpus_states(campaign: Campaign, round_index: int, layer: int) -> None:
         return {}, {}
 
     fields = {"extraction": extraction.result_fields(), "prompt": config.prompt.result_fields()}
-    commit_stage(
-        campaign, "corpus_states", round_index, config=fields,
-        inputs=[corpus_, *adapter_input(campaign, round_index)], work=work,
-    )  # fmt: skip
+    return Work(fields, [corpus_, *adapter_input(campaign, round_index)], work)
 
 
 def one_layer(config: ExtractionConfig, layer: int) -> ExtractionConfig:

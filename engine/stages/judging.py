@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 from scipy.special import logit
 
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign
 from engine.stages.tables import Read, among, by_id, load_stage_probe, states_of
 from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
 from ka2l.evidence import combine
 from ka2l.seeds import row_seed
+
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
 
 class Judged(NamedTuple):

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,10 @@ from scipy.special import expit
 
 from engine import build
 from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
+from engine.shard_run import run_host
 from engine.sharing import shared_equivalence
+from engine.stage_kind import Outcome, Room, Work, declare
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
 from engine.stages.tables import (
     Read,
@@ -40,8 +41,12 @@ from ka2l.probe import Probe, fit_probe
 from ka2l.records import KNOWLEDGE, LABELS, stored_next_token, stored_states
 from ka2l.seeds import row_seed
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
-def label(campaign: Campaign, round_index: int) -> None:
+
+@declare("probing")
+def label(campaign: Campaign, round_index: int) -> Work:
     """Known or unknown for each seed question, from its semantic entropy."""
     questions, clusters = campaign.stage("questions"), campaign.stage("cluster", round_index)
 
@@ -70,13 +75,11 @@ def label(campaign: Campaign, round_index: int) -> None:
             "num_rejected": len(group_of) - len(ids),
         }, {}
 
-    commit_stage(
-        campaign, "label", round_index, config=campaign.config.labels.result_fields(), inputs=[questions, clusters],
-        work=work,
-    )  # fmt: skip
+    return Work(campaign.config.labels.result_fields(), [questions, clusters], work)
 
 
-def probe(campaign: Campaign, round_index: int) -> None:
+@declare("probing")
+def probe(campaign: Campaign, round_index: int) -> Work:
     """Fit the probe on the seed questions' states; choose the layer."""
     config = campaign.config
     labels, extracted = campaign.stage("label", round_index), campaign.stage("extract", round_index)
@@ -104,12 +107,16 @@ def probe(campaign: Campaign, round_index: int) -> None:
         campaign.events.say(f"{stage.label:<22} layer {fitted.layer}, AUROC {shown} for unknown")
         return fitted.metrics, {}
 
-    commit_stage(
-        campaign, "probe", round_index, config=config.probe.result_fields(), inputs=[labels, extracted], work=work
-    )
+    return Work(config.probe.result_fields(), [labels, extracted], work)
 
 
-def feedback(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "probing",
+    room=lambda config: Room(1.0, config.equivalence.gpus),
+    needed=lambda config, round_index: config.has_feedback(round_index),
+    closes=True,
+)
+def feedback(campaign: Campaign, round_index: int) -> Work:
     """How sure is the base model of the candidates it was sampled on, and was it right about those annotated since?
 
     The answers are there, drawn for rehearsal: in round 0 they are grouped by meaning, later only graded.
@@ -143,13 +150,11 @@ def feedback(campaign: Campaign, round_index: int) -> None:
             "revealed": count_revealed(stage),
         }, {}
 
-    commit_stage(
-        campaign, "feedback", round_index, config=config.result_fields(),
-        inputs=[questions, source[1], *answers], work=work,
-    )  # fmt: skip
+    return Work(config.result_fields(), [questions, source[1], *answers], work)
 
 
-def knowledge(campaign: Campaign, round_index: int) -> None:
+@declare("probing")
+def knowledge(campaign: Campaign, round_index: int) -> Work:
     """The knowledge map: P(unknown) of every question now, the evidence over all states so far, and where annotation
     says that the base model is wrong."""
     questions = campaign.stage("questions")
@@ -210,10 +215,8 @@ def knowledge(campaign: Campaign, round_index: int) -> None:
         return _knowledge_metrics(campaign, stage, round_index), {}
 
     answers = [campaign.stage("annotate", index) for index in range(round_index)]
-    commit_stage(
-        campaign, "knowledge", round_index, config=campaign.config.probe.result_fields(),
-        inputs=[questions, extracted, probed, campaign.stage("cluster", round_index), *answers, *first], work=work,
-    )  # fmt: skip
+    inputs = [questions, extracted, probed, campaign.stage("cluster", round_index), *answers, *first]
+    return Work(campaign.config.probe.result_fields(), inputs, work)
 
 
 def _aligned(table: pa.Table, ids: Sequence[str]) -> np.ndarray:

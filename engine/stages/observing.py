@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,14 +13,26 @@ import pyarrow.compute as pc
 from actors.sampler import ObservePlan
 from engine import build
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign, Outcome, commit_stage, run_host
 from engine.jobs import ShardInput
+from engine.shard_run import run_host
 from engine.sharing import shared_equivalence
+from engine.stage_kind import Outcome, Room, Work, declare, replicas
 from engine.stages.tables import adapter_input, by_id, eval_grades, facts_asked, num_rows
 from ka2l.metrics import forgetting, proportion_with_ci
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
-def observe(campaign: Campaign, round_index: int) -> None:
+
+@declare(
+    "sampling",
+    room=lambda config: replicas(config.sampler),
+    measures=True,
+    closes=True,
+    answers=("probe", "eval", "rehearsal", "agreement"),
+    grows_with=lambda config: "samples",
+)
+def observe(campaign: Campaign, round_index: int) -> Work:
     """Sample answers from this round's model state: one engine session for all purposes."""
     config = campaign.config
     rehearsal = round_index == 0 and config.rounds > 0
@@ -55,13 +67,17 @@ def observe(campaign: Campaign, round_index: int) -> None:
         "prompt": config.prompt.result_fields(),
         "plan": plan._asdict() | {"run_seed": None},
     }
-    commit_stage(
-        campaign, "observe", round_index, config=fields, inputs=[questions, *adapter_input(campaign, round_index)],
-        work=work,
-    )  # fmt: skip
+    return Work(fields, [questions, *adapter_input(campaign, round_index)], work)
 
 
-def cluster(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "sampling",
+    room=lambda config: Room(1.0, config.equivalence.gpus),
+    measures=True,
+    closes=True,
+    answers=("probe", "eval", "agreement"),
+)
+def cluster(campaign: Campaign, round_index: int) -> Work:
     """Group the sampled answers by meaning and grade the greedy answers of the eval questions."""
     config = campaign.config
     questions, references = campaign.stage("questions"), campaign.stage("references")
@@ -84,10 +100,7 @@ def cluster(campaign: Campaign, round_index: int) -> None:
             )
         return _cluster_metrics(campaign, stage, round_index), {}
 
-    commit_stage(
-        campaign, "cluster", round_index, config=config.equivalence.result_fields(),
-        inputs=[questions, references, observed], work=work,
-    )  # fmt: skip
+    return Work(config.equivalence.result_fields(), [questions, references, observed], work)
 
 
 def _cluster_metrics(campaign: Campaign, stage: Stage, round_index: int) -> dict[str, Any]:
@@ -143,7 +156,8 @@ def _read_questions(campaign: Campaign, stage: Stage, round_index: int, make_hos
     )
 
 
-def extract(campaign: Campaign, round_index: int) -> None:
+@declare("probing", room=lambda config: replicas(config.extraction))
+def extract(campaign: Campaign, round_index: int) -> Work:
     """Hidden states of every question under this round's model state: prefill only."""
     config = campaign.config
     questions = campaign.stage("questions")
@@ -153,13 +167,15 @@ def extract(campaign: Campaign, round_index: int) -> None:
         return {"num_questions": num_rows(stage)}, {}
 
     fields = {"extraction": config.extraction.result_fields(), "prompt": config.prompt.result_fields()}
-    commit_stage(
-        campaign, "extract", round_index, config=fields, inputs=[questions, *adapter_input(campaign, round_index)],
-        work=work,
-    )  # fmt: skip
+    return Work(fields, [questions, *adapter_input(campaign, round_index)], work)
 
 
-def perplexity(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "probing",
+    room=lambda config: replicas(config.extraction),
+    needed=lambda config, round_index: config.selection.kind == "perplexity",
+)
+def perplexity(campaign: Campaign, round_index: int) -> Work:
     """How hard this round's model state finds the wording of every candidate: one forward pass."""
     config = campaign.config
     questions = campaign.stage("questions")
@@ -170,7 +186,5 @@ def perplexity(campaign: Campaign, round_index: int) -> None:
         found = pa.concat_tables([read_shard(stage.url, name, ["perplexity"]) for name in names])["perplexity"]
         return {"num_questions": len(found), "mean_perplexity": pc.mean(found).as_py()}, {}
 
-    commit_stage(
-        campaign, "perplexity", round_index, config={"prompt": config.prompt.result_fields()},
-        inputs=[questions, *adapter_input(campaign, round_index)], work=work,
-    )  # fmt: skip
+    fields = {"prompt": config.prompt.result_fields()}
+    return Work(fields, [questions, *adapter_input(campaign, round_index)], work)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
 from actors.pool_reader import read_pool
 from engine.artifacts import Stage, shard_name, write_shard
-from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stage_kind import Outcome, Work, declare
 from ka2l.errors import BudgetError, PoolError
 from ka2l.pool_sources import content_identity
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
-def pool(campaign: Campaign) -> None:
+
+@declare("rest", in_rounds=False, tables=("questions", "references"))
+def pool(campaign: Campaign, round_index: int) -> Work:
     """Read, check and split the pool: ``questions`` for everybody, ``references`` for annotator and grading alone."""
     config = campaign.config.pool.model_copy(update={"path": campaign.pool_path})
     fields = campaign.config.pool.result_fields() | {
@@ -23,9 +28,9 @@ def pool(campaign: Campaign) -> None:
     }
     questions = campaign.stage("questions")
 
-    def read(stage: Stage) -> Outcome:
+    def read(references: Stage) -> Outcome:
         questions.remove()
-        stage.finished_shards()
+        references.finished_shards()
         tables = read_pool(
             config,
             campaign.config.seed,
@@ -33,16 +38,14 @@ def pool(campaign: Campaign) -> None:
             shard_rows=campaign.config.shard_rows,
         )
         with campaign.events.progress("pool", tables.counts["usable"], "questions") as progress:
-            for index, num_rows in tables.write_shards(partial(_write, questions.url, stage.url)):
-                campaign.note_shard(stage, shard_name(index), num_rows, {})
+            for index, num_rows in tables.write_shards(partial(_write, questions.url, references.url)):
+                campaign.note_shard(references, shard_name(index), num_rows, {})
                 progress.advance(num_rows)
             if tables.counts["quarantined"]:
                 progress.note = f"{tables.counts['quarantined']} quarantined, see quarantine.parquet"
         return tables.counts, {}
 
-    references = commit_stage(campaign, "references", None, config=fields, inputs=[], work=read)
-    counts = references.require().metrics
-    commit_stage(campaign, "questions", None, config=fields, inputs=[references], work=lambda _: (counts, {}))
+    return Work(fields, [], read)
 
 
 def _write(questions_url: str, references_url: str, index: int, questions: pa.Table, references: pa.Table) -> None:

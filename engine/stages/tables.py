@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +13,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign
 from ka2l.probe import Probe, load_probe
 from ka2l.records import DECODED, stored_layers, stored_next_token, stored_states
+
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:

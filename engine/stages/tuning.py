@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from actors.trainer import Workers, run_canary, run_training, write_rows
 from engine.artifacts import Stage, read_shard
-from engine.campaign import Campaign, Outcome, commit_stage
+from engine.stage_kind import Outcome, Room, Work, declare
 from engine.stages.tables import adapter_input, among, by_id, first_questions
 from ka2l.adapter import MERGED, is_adapter
 from ka2l.canary import check_canary
@@ -26,6 +26,10 @@ from ka2l.records import HELD_OUT, TrainingRow
 from ka2l.seeds import row_seed
 from ka2l.tuning import rehearsal_draw, rows_per_pass, training_rows
 
+if TYPE_CHECKING:
+    from engine.campaign import Campaign
+    from engine.config import RunConfig
+
 _CANARY_PROMPTS = 8
 #: Questions that are rehearsed at most, unless training takes more; how many were sampled is for the config to say.
 _MOST_REHEARSED = 50_000
@@ -33,7 +37,18 @@ _MOST_REHEARSED = 50_000
 _OWN_ANSWERS = pc.field("purpose").isin(["probe", "rehearsal"])
 
 
-def tune(campaign: Campaign, round_index: int) -> None:
+def training_room(config: RunConfig) -> Room:
+    """What the training workers hold."""
+    tuning = config.tuning
+    return Room(tuning.workers * tuning.cpus_per_worker, tuning.workers * tuning.gpus_per_worker)
+
+
+@declare(
+    "tuning",
+    room=training_room,
+    grows_with=lambda config: "annotations" if config.tuning.max_steps is None else "questions",
+)
+def tune(campaign: Campaign, round_index: int) -> Work:
     """Train the next adapter on all annotations so far and on the base model's own answers to the rest.
 
     With KnowTuning this is its stage I: the hardest facts of each annotated answer are trained on, too.
@@ -57,13 +72,16 @@ def tune(campaign: Campaign, round_index: int) -> None:
         return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
 
     tuning = config.tuning.result_fields()
-    commit_stage(
-        campaign, "tune", round_index, config={"tuning": tuning, "prompt": config.prompt.result_fields()},
-        inputs=[*answers, *finer, own, *previous], work=work,
-    )  # fmt: skip
+    return Work({"tuning": tuning, "prompt": config.prompt.result_fields()}, [*answers, *finer, own, *previous], work)
 
 
-def compare(campaign: Campaign, round_index: int) -> None:
+@declare(
+    "tuning",
+    room=training_room,
+    needed=lambda config, round_index: bool(config.tuning.compares),
+    grows_with=lambda config: "annotations",
+)
+def compare(campaign: Campaign, round_index: int) -> Work:
     """Stage II of KnowTuning: from stage I's adapter on, prefer whole, true and ordered answers to others."""
     config = campaign.config
     stage_one = campaign.stage("tune", round_index)
@@ -84,10 +102,7 @@ def compare(campaign: Campaign, round_index: int) -> None:
         return metrics | counts, {"tokens_trained": float(metrics["num_tokens"])}
 
     tuning = config.tuning.result_fields()
-    commit_stage(
-        campaign, "compare", round_index, config={"tuning": tuning, "prompt": config.prompt.result_fields()},
-        inputs=[stage_one, *augmented], work=work,
-    )  # fmt: skip
+    return Work({"tuning": tuning, "prompt": config.prompt.result_fields()}, [stage_one, *augmented], work)
 
 
 def _training_rows(

@@ -17,7 +17,8 @@ import yaml
 
 from engine.artifacts import RunDirectory
 from engine.events import read_events
-from engine.ledger import ROUND_STAGES, committed_stages
+from engine.ledger import committed_stages
+from engine.stages import round_folders
 from ka2l import records
 from ka2l.correctness import QUADRANTS
 from ka2l.pool import normalise_question
@@ -52,7 +53,7 @@ def committed(run_dir: Path) -> dict[str, bytes]:
 def test_every_stage_of_every_round_is_committed(run: RunDirectory) -> None:
     places = [(stage.name, stage.round_index) for stage in committed_stages(run)]
     of_others = ("corpus_states", "decoder", "decode", "facts", "difficulty", "augment", "compare", "perplexity")
-    stages = [name for name in ROUND_STAGES if name not in of_others]
+    stages = [name for name in round_folders() if name not in of_others]
     assert places == [
         ("questions", None),
         ("references", None),

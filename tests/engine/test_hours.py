@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from stage_making import commit_stage
 
+from engine import stages
 from engine.artifacts import RunDirectory, Stage
-from engine.campaign import Campaign, Outcome, commit_stage
+from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.hours import TEARDOWN_S, Hours, needed_seconds
 from engine.ledger import worked_seconds
+from engine.stage_kind import Outcome
 from ka2l.errors import HoursUsedUp
 from ka2l.models import ModelConfig
 
@@ -67,15 +70,15 @@ def hours_for(seconds: float) -> float:
 
 def test_measuring_the_next_state_takes_what_is_left_of_the_first_observation_without_rehearsal(tmp_path: Path) -> None:
     # 40 x 10 + 100 of 2,000 samples are drawn again; starting takes the same 10 s.
-    assert needed_seconds(make(tmp_path), "observe", 1) == 10 + 50 * 500 / 2000 + 2
+    assert needed_seconds(make(tmp_path), stages.observe, 1) == 10 + 50 * 500 / 2000 + 2
 
 
 def test_a_round_takes_what_the_last_took_more_tuning_and_the_closing_observation(tmp_path: Path) -> None:
     campaign = make(tmp_path)
     closing = 10 + 50 * 500 / 2000 + 2
     tuning = 10 + 30 * 24 / 12
-    assert needed_seconds(campaign, "label", 1) == 1 + 10 + 2 + 1 + 1 + 3 + tuning + closing
-    assert needed_seconds(campaign, "tune", 1) == tuning + closing
+    assert needed_seconds(campaign, stages.label, 1) == 1 + 10 + 2 + 1 + 1 + 3 + tuning + closing
+    assert needed_seconds(campaign, stages.tune, 1) == tuning + closing
 
 
 def test_a_fixed_number_of_steps_does_not_grow(tmp_path: Path) -> None:
@@ -83,15 +86,15 @@ def test_a_fixed_number_of_steps_does_not_grow(tmp_path: Path) -> None:
     tuning = campaign.config.tuning.model_copy(update={"max_steps": 100})
     campaign.config = campaign.config.model_copy(update={"tuning": tuning})
     closing = 10 + 50 * 500 / 2000 + 2
-    assert needed_seconds(campaign, "tune", 1) == 40 + closing
+    assert needed_seconds(campaign, stages.tune, 1) == 40 + closing
 
 
 def test_in_a_first_round_only_what_has_been_measured_counts(tmp_path: Path) -> None:
     campaign = make(tmp_path)
     closing = 10 + 50 * 500 / 2000 + 2
-    assert needed_seconds(campaign, "extract", 0) == closing
-    assert needed_seconds(campaign, "observe", 0) == 0
-    assert needed_seconds(campaign, "questions", None) == 0
+    assert needed_seconds(campaign, stages.extract, 0) == closing
+    assert needed_seconds(campaign, stages.observe, 0) == 0
+    assert needed_seconds(campaign, stages.pool, None) == 0
 
 
 def test_a_stage_that_fits_is_made_and_one_that_does_not_is_not_begun(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import pytest
 
 from engine.config import load_config
-from engine.meter import Meter, workers
+from engine.meter import Meter
+from engine.stages import room_of
 
 
 class Clock:
@@ -68,7 +69,7 @@ def test_what_fails_is_counted_too_and_the_next_attempt_adds_to_it() -> None:
 
 def test_what_compares_answers_holds_the_gpus_that_the_config_gives_it() -> None:
     config = load_config("quickstart", ["equivalence.gpus=0.5"])
-    assert {stage: workers(stage, config) for stage in ("cluster", "feedback", "label")} == {
+    assert {stage: room_of(stage, config) for stage in ("cluster", "feedback", "label")} == {
         "cluster": (1.0, 0.5),
         "feedback": (1.0, 0.5),
         "label": (1.0, 0.0),

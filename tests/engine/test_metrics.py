@@ -10,11 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from rich.console import Console
+from stage_making import commit_stage
 
 from actors import metrics
 from actors.metrics import Tags
 from engine.artifacts import RunDirectory, write_shard
-from engine.campaign import Campaign, commit_stage
+from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events, read_events
 from engine.jobs import HostJob, ShardInput

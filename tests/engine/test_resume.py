@@ -18,7 +18,8 @@ import pytest
 
 from engine.artifacts import RunDirectory
 from engine.events import read_events
-from engine.ledger import POOL_STAGES, ROUND_STAGES, committed_stages
+from engine.ledger import committed_stages
+from engine.stages import pool_folders, round_folders
 
 pytestmark = pytest.mark.slow
 
@@ -191,7 +192,7 @@ def check_equal(run_dir: Path, reference: Path, rounds: range) -> None:
 
     ours, theirs = RunDirectory(run_dir), RunDirectory(reference)
     assert committed_folders(run_dir) == committed_folders(reference)
-    places = [(name, None) for name in POOL_STAGES] + [(name, index) for index in rounds for name in ROUND_STAGES]
+    places = [(name, None) for name in pool_folders()] + [(name, index) for index in rounds for name in round_folders()]
     for name, index in places:
         stage, other = ours.stage(name, index), theirs.stage(name, index)
         if other.manifest() is None:

@@ -14,6 +14,7 @@ from engine.artifacts import RunDirectory
 from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
+from engine.stopping import enough
 from ka2l.models import ModelConfig
 
 
@@ -38,12 +39,12 @@ def campaign(
 
 
 def test_no_rule_ends_a_run_unless_it_is_given(tmp_path: Path) -> None:
-    assert campaign(tmp_path, accuracy=(0.9, 0.1), predicted=0.0).enough(1) is None
+    assert enough(campaign(tmp_path, accuracy=(0.9, 0.1), predicted=0.0), 1) is None
 
 
 @pytest.mark.parametrize(("share", "ends"), [(0.19, False), (0.21, True)])
 def test_it_is_enough_where_little_of_the_rest_is_predicted_unknown(tmp_path: Path, share: float, ends: bool) -> None:
-    reason = campaign(tmp_path, unknown_share=share).enough(1)
+    reason = enough(campaign(tmp_path, unknown_share=share), 1)
     assert (reason is not None) == ends
     assert reason is None or "20.0% of the candidates left is predicted unknown" in reason
 
@@ -52,20 +53,20 @@ def test_it_is_enough_where_little_of_the_rest_is_predicted_unknown(tmp_path: Pa
 def test_it_is_not_enough_where_annotation_has_shown_that_more_is_wrong(
     tmp_path: Path, share: float, ends: bool
 ) -> None:
-    reason = campaign(tmp_path, wrong=0.3, unknown_share=share).enough(1)
+    reason = enough(campaign(tmp_path, wrong=0.3, unknown_share=share), 1)
     assert (reason is not None) == ends
     assert reason is None or "30.0% of the candidates left is predicted wrong" in reason
 
 
 @pytest.mark.parametrize(("gain", "ends"), [(0.09, False), (0.11, True)])
 def test_it_is_enough_where_a_round_has_gained_little(tmp_path: Path, gain: float, ends: bool) -> None:
-    reason = campaign(tmp_path, gain=gain).enough(1)
+    reason = enough(campaign(tmp_path, gain=gain), 1)
     assert (reason is not None) == ends
     assert reason is None or "Round 0 has raised accuracy by +0.100" in reason
 
 
 def test_the_base_model_is_never_enough(tmp_path: Path) -> None:
-    assert campaign(tmp_path, predicted=0.0, unknown_share=0.5, gain=0.5).enough(0) is None
+    assert enough(campaign(tmp_path, predicted=0.0, unknown_share=0.5, gain=0.5), 0) is None
 
 
 def test_a_pool_that_is_used_up_or_has_no_eval_questions_meets_no_rule(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_pool_that_is_used_up_or_has_no_eval_questions_meets_no_rule(tmp_path:
     shutil.rmtree(stage.path)
     stage.begin("f", {}, {})
     stage.commit(wanted="f", config={}, inputs={}, metrics={}, cost={}, seed=0, seconds=1.0)
-    assert made.enough(1) is None
+    assert enough(made, 1) is None
 
 
 @pytest.mark.slow
