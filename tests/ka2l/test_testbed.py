@@ -3,12 +3,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from engine.config import load_config
+from ka2l.answer_facts import counts_by_testbed
 from ka2l.errors import PoolError
-from ka2l.testbed import Testbed, TestbedConfig, build_testbed, build_world, cached_testbed, fingerprint
+from ka2l.testbed import (
+    Testbed,
+    TestbedConfig,
+    build_testbed,
+    build_world,
+    cached_testbed,
+    fingerprint,
+    shipped_testbed,
+)
 from ka2l.testbed_facts import WRAPPERS
 from ka2l.testbed_model import PLAIN
 from ka2l.testbed_world import RELATIONS, num_training_rows, pool_rows, training_rows
@@ -346,30 +356,82 @@ def test_more_facts_get_more_training_steps_by_default() -> None:
     assert num_training_rows(TestbedConfig(batch_size=10, num_steps=7), 5000) == 70
 
 
-@pytest.mark.slow
-def test_the_model_knows_what_it_was_shown_often_and_doubts_what_it_was_not(tmp_path: Path) -> None:
+# --- What the model knows ---------------------------------------------------------------------------------------------
+
+
+class Asked(NamedTuple):
+    """What a testbed's model answers to eval questions, by how often their facts were shown in training."""
+
+    accuracy: dict[str, float]
+    """Share of right facts, by exposure group."""
+    entropy: dict[str, float]
+    """Mean entropy of the first answer token, nats."""
+
+
+def ask(bed: Testbed, num_questions: int, max_tokens: int) -> Asked:
+    """Greedy answers to the first eval questions, run as float32."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = TestbedConfig(num_people=80, num_seed_people=20, num_steps=200, batch_size=96)
-    built = build_testbed(config, tmp_path / "bed")
-    tokenizer = AutoTokenizer.from_pretrained(built.model)
-    model = AutoModelForCausalLM.from_pretrained(built.model).eval()
-    truth = {row["fact"]: row["exposure_group"] for row in read(built.truth)}
-    correct: dict[str, list[bool]] = {}
+    tokenizer = AutoTokenizer.from_pretrained(bed.model)
+    model = AutoModelForCausalLM.from_pretrained(bed.model, dtype=torch.float32).eval()
+    truth = {row["fact"]: row["exposure_group"] for row in read(bed.truth)}
+    rows = [row for row in read(bed.pool) if row["split"] == "eval"][:num_questions]
+    right: dict[str, list[float]] = {}
     doubt: dict[str, list[float]] = {}
-    for row in (row for row in read(built.pool) if row["split"] == "eval"):
-        prompt = tokenizer(PLAIN.format(question=row["question"]), return_tensors="pt")
-        with torch.inference_mode():
-            first = model(**prompt).logits[0, -1].log_softmax(-1)
-            answer = model.generate(**prompt, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]
-        group = truth[row["fact"]]
-        correct.setdefault(group, []).append(
-            tokenizer.decode(answer, skip_special_tokens=True).strip() in row["answers"]
+    for start in range(0, len(rows), 64):
+        batch = rows[start : start + 64]
+        prompts = tokenizer(
+            [PLAIN.format(question=row["question"]) for row in batch], return_tensors="pt", padding=True
         )
-        doubt.setdefault(group, []).append(float(-(first.exp() * first).sum()))
-    accuracy = {group: sum(values) / len(values) for group, values in correct.items()}
-    entropy = {group: sum(values) / len(values) for group, values in doubt.items()}
+        with torch.inference_mode():
+            first = model(**prompts).logits[:, -1].log_softmax(-1)
+            written = model.generate(**prompts, max_new_tokens=max_tokens)[:, prompts["input_ids"].shape[1] :]
+        for row, logprobs, tokens in zip(batch, first, written, strict=True):
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            group = truth[row["fact"]]
+            right.setdefault(group, []).append(share_right(answer, row["answers"]))
+            doubt.setdefault(group, []).append(float(-(logprobs.exp() * logprobs).sum()))
+    return Asked(*({group: sum(values) / len(values) for group, values in found.items()} for found in (right, doubt)))
+
+
+def share_right(answer: str, accepted: list[str]) -> float:
+    """Of a life the share of its facts, of any other answer whether it is right."""
+    counts = counts_by_testbed(answer, accepted[0])
+    if counts is None:
+        return float(answer in accepted)
+    return counts.num_correct / (counts.num_correct + counts.num_missing)
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "knowtuning"])
+def test_the_testbed_of_a_preset_comes_with_the_package(preset: str) -> None:
+    config = load_config(preset).testbed
+    found = shipped_testbed(config)
+    assert found is not None
+    assert found.directory.name == preset
+    assert shipped_testbed(config.model_copy(update={"seed": 1})) is None
+    (weights,) = found.model.glob("*.safetensors")
+    assert weights.stat().st_size <= 8e6
+    assert read(found.pool) == list(pool_rows(build_world(config).facts, config.seed, config.outside_share))
+
+
+@pytest.mark.parametrize(("preset", "num_questions", "max_tokens"), [("quickstart", 600, 8), ("knowtuning", 120, 80)])
+def test_shipped_models_know_what_they_were_shown_often_and_not_what_they_were_not(
+    preset: str, num_questions: int, max_tokens: int
+) -> None:
+    bed = shipped_testbed(load_config(preset).testbed)
+    assert bed is not None
+    asked = ask(bed, num_questions, max_tokens)
+    assert asked.accuracy["well"] > 0.9
+    assert asked.accuracy["stranger"] < 0.15
+    assert asked.accuracy["stranger"] + 0.1 < asked.accuracy["partly"] < asked.accuracy["well"] - 0.15
+
+
+@pytest.mark.whole
+def test_a_model_that_is_built_knows_what_it_was_shown_often_and_doubts_what_it_was_not(tmp_path: Path) -> None:
+    config = TestbedConfig(num_people=80, num_seed_people=20, num_steps=200, batch_size=96)
+    asked = ask(build_testbed(config, tmp_path / "bed"), 400, 8)
+    accuracy, entropy = asked
     assert accuracy["well"] > 0.85
     assert accuracy["stranger"] < 0.15
     assert accuracy["stranger"] - 0.05 < accuracy["partly"] < accuracy["well"] - 0.2
