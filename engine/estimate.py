@@ -29,6 +29,7 @@ from engine.campaign import Campaign
 from engine.config import RunConfig
 from engine.events import Events
 from engine.ledger import committed_stages
+from engine.stages.pool import check_budget
 from engine.stages.tables import among
 from engine.warm_up import Decoding, Pace, Range, Rates, Refining, Scoring, exactly, measure, measured_once
 from ka2l.knowtuning import FINE_GRAINED
@@ -134,10 +135,10 @@ def estimate(config: RunConfig, model: ModelConfig, pool_path: str, console: Con
         campaign = Campaign(uncapped, full, Events(full, quiet), model, pool_path)
         Path(full.path).mkdir()
         stages.pool(campaign)
-        stages.check_budget(campaign)
+        check_budget(campaign)
         counts = {split: int(campaign.stage("questions").require().metrics[split]) for split in SPLITS}
+        stages.corpus(campaign)
         if config.decoder.kind != "none":
-            stages.corpus(campaign)
             counts["corpus"] = int(campaign.stage("corpus").require().metrics["num_questions"])
         console.print(f"pool: {counts}; warming up on some questions of each split ...", highlight=False)
         rates = measure(campaign, Path(folder))

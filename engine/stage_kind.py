@@ -98,6 +98,7 @@ def declare(purpose: Purpose, **declared: Any) -> Callable[[Callable[[Campaign, 
     """Make a stage of the function that plans it, under the function's name or ``name``."""
 
     def make(plan: Callable[[Campaign, int], Work | None]) -> StageKind:
-        return StageKind(**({"name": plan.__name__, "plan": plan, "purpose": purpose} | declared))
+        named: dict[str, Any] = {"name": plan.__name__} | declared
+        return StageKind(plan=plan, purpose=purpose, **named)
 
     return make
