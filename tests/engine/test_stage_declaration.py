@@ -18,8 +18,8 @@ from engine.events import Events
 from engine.hours import needed_seconds
 from engine.launch import remove_from
 from engine.ledger import committed_stages, ledger_table, worked_seconds
-from engine.report_spending import spending
 from engine.report_reader import Reader
+from engine.report_spending import spending
 from engine.report_stages import collect_stages
 from ka2l.errors import ConfigError
 from ka2l.models import ModelConfig
