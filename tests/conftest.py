@@ -19,6 +19,18 @@ settings.load_profile("ka2l")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+#: Models are tiny: a second thread only waits, and where others use the cores it takes ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def load_beside(name: str) -> Any:
+    """The module of that name in this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +45,7 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def teacher_module() -> Any:
     """The module teacher_server.py."""
-    path = Path(__file__).with_name("teacher_server.py")
-    spec = importlib.util.spec_from_file_location("teacher_server", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["teacher_server"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_beside("teacher_server")
 
 
 @pytest.fixture
@@ -51,22 +57,20 @@ def teacher_server(teacher_module: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need it."""
+    """One local Ray for all tests that need it; its workers start as forks, see worker_forks.py."""
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as where `ka2l` starts Ray
     import ray
 
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    yield
-    ray.shutdown()
+    with load_beside("worker_forks").forked_workers():
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Architecture name -> folder of a tiny random model with its tokenizer; see tests/models.py."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("models.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_beside("models")
     folder = tmp_path_factory.mktemp("tiny_models")
 
     built: dict[str, Path] = {}

@@ -39,7 +39,7 @@ class Job:
     kill: bool = False
     """The worker that is given the third shard dies, the first time."""
     hang: bool = False
-    """The worker that is given the third shard never ends."""
+    """The worker that is given the third shard leaves a file and never ends."""
     pause_s: float = 0.0
     num_workers: int = 1
     """No shard is finished before so many workers have opened the job."""
@@ -62,6 +62,7 @@ class Job:
                 (self.folder / "killed").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.hang:
+                (self.folder / "hangs").touch()
                 time.sleep(600)
         (self.folder / f"made-{name}").write_text(str(os.getpid()))
         return int(name[5:10]), {"seconds": 0.5, "tokens": 7.0}
@@ -80,6 +81,19 @@ class Teller:
     def tell(self, seconds: float) -> None:
         with self.lock:
             self.told.append(seconds)
+
+
+class ClockOfLooks:
+    """In place of the module ``time``: stands still until a file is there; then each look takes half a second."""
+
+    def __init__(self, starts: Path) -> None:
+        self.starts = starts
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        if self.starts.exists():
+            self.now += 0.5
+        return self.now
 
 
 def run(job: Job, replicas: int = 1, **options: Any) -> list[ShardDone]:
@@ -137,6 +151,8 @@ def test_workers_that_make_nothing_are_told_of_and_then_given_up_with_an_error_t
 ) -> None:
     waited: list[float] = []
     monkeypatch.setattr(shards, "_TELL_S", 1.0)
+    # What workers take to start does not count: that is the machine's.
+    monkeypatch.setattr(shards, "time", ClockOfLooks(tmp_path / "hangs"))
     with (
         pytest.raises(StageStalledError, match="made nothing for") as caught,
         reserved(Capacity(0.5, 0.0), 1, 1, timeout_s=60.0) as placement,

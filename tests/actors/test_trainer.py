@@ -45,6 +45,19 @@ def train(model: str, tmp_path: Path, config: TuningConfig, **arguments: Any) ->
     )
 
 
+def train_here(model: str, folder: Path, config: TuningConfig) -> dict[str, Any]:
+    """Without Ray, on one thread as a worker."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        rows = training_rows(FACTS, [], config, 0, chat=False)
+        return tune(model, rows, config, str(folder), 0, chat=False).metrics
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def test_rows_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
     rows = [TrainingRow("Q: é\n\u2028", " ü", "annotation", "q"), TrainingRow("", " x", "rehearsal", "r")]
     write_rows(rows, str(tmp_path / "rows.jsonl"))
@@ -64,46 +77,46 @@ def test_progress_lines_are_handed_on_once_and_only_when_complete(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_workers_train_the_adapter_that_one_worker_trains(llama: str, tmp_path: Path) -> None:
+def test_two_workers_train_the_adapter_that_one_process_trains(llama: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     handler = signal.getsignal(signal.SIGINT)
-    results = {}
-    for workers in (1, 2):
-        config = TuningConfig(
-            max_steps=12, batch_size=10, learning_rate=2e-3, workers=workers, dtype="float32", checkpoint_steps=5
-        )
-        reports: list[dict[str, Any]] = []
-        kept = CheckpointFolder(str(tmp_path / f"kept-{workers}"))
-        results[workers] = train(llama, tmp_path / str(workers), config, on_progress=reports.append, checkpoints=kept)
-        (last,) = (tmp_path / f"kept-{workers}" / f"workers-{workers}").glob("checkpoint_*/")
-        assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 10
-        assert len(list(last.glob("rng_state*"))) == workers
-        assert [report["step"] for report in reports] == list(range(1, 13))
-        assert reports[-1]["loss"] == results[workers]["last_loss"]
-    one, two = results[1], results[2]
+    config = TuningConfig(
+        max_steps=12, batch_size=10, learning_rate=2e-3, workers=2, dtype="float32", checkpoint_steps=5
+    )
+    reports: list[dict[str, Any]] = []
+    kept = CheckpointFolder(str(tmp_path / "kept"))
+    two = train(llama, tmp_path, config, on_progress=reports.append, checkpoints=kept)
+    (last,) = (tmp_path / "kept" / "workers-2").glob("checkpoint_*/")
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 10
+    assert len(list(last.glob("rng_state*"))) == 2
+    assert [report["step"] for report in reports] == list(range(1, 13))
+    assert reports[-1]["loss"] == two["last_loss"]
+    assert "Loading weights" in (tmp_path / "tune.log").read_text()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+    one = train_here(llama, tmp_path / "one", config)
     for key in ("num_rows", "num_steps", "batch_size", "num_tokens", "example"):
         assert one[key] == two[key]
     assert two["last_loss"] == pytest.approx(one["last_loss"], rel=1e-3)
-    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("1", "2"))
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "one", tmp_path / "adapter"))
     assert all(abs(a[name] - b[name]).max() < 1e-3 for name in a)
     assert max(abs(a[name]).max() for name in a if "lora_B" in name) > 1e-2
-    assert "Loading weights" in (tmp_path / "2" / "tune.log").read_text()
-    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.slow
-def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint(llama: str, tmp_path: Path) -> None:
+def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint_to_the_same_bytes(
+    llama: str, tmp_path: Path
+) -> None:
     import fsspec
-    import torch
     from pyarrow import fs as pafs
 
     config = TuningConfig(max_steps=60, batch_size=10, learning_rate=2e-3, dtype="float32", checkpoint_steps=6)
-    steps: list[int] = []
+    reports: list[dict[str, Any]] = []
 
     def kill_once_there_is_one(report: dict[str, Any]) -> None:
-        steps.append(report["step"])
-        if len(steps) == 5:  # steps 1, 6, 12, 18 and 24
+        reports.append(report)
+        if len(reports) == 5:  # steps 1, 6, 12, 18 and 24
             for process in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):  # children come and go
                     if "".join(process.cmdline()).startswith("ray::RayTrainWorker"):
@@ -115,17 +128,15 @@ def test_training_whose_worker_is_killed_goes_on_from_its_checkpoint(llama: str,
     result = train(llama, tmp_path, config, on_progress=kill_once_there_is_one, checkpoints=kept)
     assert result["num_steps"] == 60
     assert (tmp_path / "tune.log").read_text().count("Loading weights") >= 2
+    steps = [report["step"] for report in reports]
     assert steps.count(1) == 1
-    folders = [path.name for path in (tmp_path / "kept" / "workers-1").iterdir() if path.is_dir()]
-    assert len(folders) == 1  # the last one
+    assert set(steps) == {1, *range(6, 61, 6)}
+    assert reports[-1]["loss"] == result["last_loss"]
+    (last,) = (path for path in (tmp_path / "kept" / "workers-1").iterdir() if path.is_dir())
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] == 54
+    assert len(list(last.glob("rng_state*"))) == 1
 
-    rows = training_rows(FACTS, [], config, 0, chat=False)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        tune(llama, rows, config, str(tmp_path / "undisturbed"), 0, chat=False)
-    finally:
-        torch.set_num_threads(num_threads)
+    train_here(llama, tmp_path / "undisturbed", config)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "adapter" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 

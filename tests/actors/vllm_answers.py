@@ -45,8 +45,16 @@ def fields(answers: list[list[Generation]]) -> list[list[dict[str, Any]]]:
     return [[made._asdict() for made in row] for row in answers]
 
 
+def inspect_models_here() -> None:
+    """vLLM asks a new process what each architecture can do, lest CUDA start in this one: half a minute of imports."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda ask: ask()
+
+
 def main(jobs_path: str, out_path: str) -> None:
     results: dict[str, Any] = {}
+    inspect_models_here()
     for name, job in json.loads(Path(jobs_path).read_text()).items():
         try:
             results[name] = ask(job)

@@ -254,9 +254,10 @@ def test_writing_makes_page_and_charts_and_removes_what_no_section_makes(
 
 
 def test_check_writes_nothing_and_says_what_differs(
-    docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    made: tuple[str, dict[str, str]], docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(pages, "DOCS", docs)
+    monkeypatch.setattr(pages, "page", lambda: made)
     monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
     pages.main()  # nothing to say, exit code 0
 

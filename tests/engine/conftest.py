@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,17 +94,21 @@ def campaign_files(tiny_models: Callable[..., Path], tmp_path_factory: pytest.Te
 
 @pytest.fixture(scope="session")
 def command_server() -> Iterator[Path]:
-    """Socket of a process that has imported everything and forks one for each command."""
+    """Socket of a process that imports everything, which takes some seconds, and then forks one for each command."""
     with tempfile.TemporaryDirectory(prefix="ka2l-test-") as folder:  # a socket's path must be short
         address = Path(folder) / "commands"
-        command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "--serve", str(address)]
         # Ray reads this when it is imported. Where nothing is said, the first Ray that is started here sets it.
         environment = {"RAY_AUTH_MODE": "token"} | os.environ
-        with subprocess.Popen(command, cwd=REPOSITORY, env=environment, start_new_session=True) as process:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(address))
+            listener.listen()
+            number = listener.fileno()
+            command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "--serve", str(number)]
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, env=environment, pass_fds=[number], start_new_session=True
+            )
+        with process:
             try:
-                while not address.exists():
-                    assert process.poll() is None, "the server of commands has ended"
-                    time.sleep(0.05)
                 yield address
             finally:
                 process.kill()
@@ -124,7 +127,7 @@ def ka2l(command_server: Path) -> Command:
             request = {"words": [str(word) for word in words], "environment": dict(environment)} | said
             connection.sendall((json.dumps(request) + "\n").encode())
             with connection.makefile("r") as answers:
-                pid = int(answers.readline())
+                pid = int(answers.readline() or pytest.fail("the server of commands has ended"))
                 try:
                     returncode = int(answers.readline())
                 except BaseException:
@@ -152,15 +155,23 @@ class Finished(NamedTuple):
     ended: Ended
     asked: list[str]
     """Ids of the questions that the annotator was asked, in order."""
+    options: list[str]
+    """Of the command, beside the config."""
 
 
 @pytest.fixture(scope="session")
-def finished(campaign_files: CampaignFiles, ka2l: Command, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """One uninterrupted campaign. Tests must not change it; copy it first."""
+def finished(
+    ka2l: Command, on_cluster: list[str], campaign_files: CampaignFiles, tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
+    """One uninterrupted campaign. Tests must not change it; copy it first.
+
+    What is named first above starts in the background while the rest is made.
+    """
     folder = tmp_path_factory.mktemp("finished")
-    ended = ka2l("run", campaign_files.config, "--run-dir", folder / "run", log=folder / "asked")
+    words = ["run", campaign_files.config, "--run-dir", folder / "run"]
+    ended = ka2l(*words, *on_cluster, log=folder / "asked")
     assert ended.returncode == 0, ended.stderr
-    return Finished(folder / "run", campaign_files, ended, (folder / "asked").read_text().split())
+    return Finished(folder / "run", campaign_files, ended, (folder / "asked").read_text().split(), on_cluster)
 
 
 @pytest.fixture

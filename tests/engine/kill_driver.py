@@ -6,13 +6,14 @@ the count-th such event is written; keys left out match anything; ``signal`` is 
 With ``poison``, ids of questions, it lives, and every stage fails over these. ``KA2L_TEST_LOG`` names a file that takes
 the ids of the questions that the annotator is asked.
 
-``kill_driver.py --serve SOCKET`` waits for commands instead and forks a process for each: they save the imports, which
-are most of what a short command takes.
+``kill_driver.py --serve NUMBER`` waits for commands instead, at the socket that is its file of that number, and forks a
+process for each: they save the imports, which are most of what a short command takes.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -34,6 +35,17 @@ from actors.host import Stats
 from engine.artifacts import Manifest, Stage
 from engine.events import Events
 from ka2l.annotation import Annotation, ReferenceAnnotator
+
+#: What commands import, and takes a second or more.
+IMPORTED = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "sklearn.linear_model",
+    "ray.data",
+    "ray.train.torch",
+    "engine.loop",
+)
 
 
 def die(how: int = signal.SIGKILL) -> None:
@@ -147,25 +159,23 @@ def answer(connection: socket.socket, pid: int) -> None:
         connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def serve(path: str) -> None:
+def serve(listener: socket.socket) -> None:
     """Fork a process for each command that comes over the socket."""
-    for module in ("torch", "transformers", "sklearn.linear_model", "ray.data", "ray.train.torch", "engine.loop"):
+    for module in IMPORTED:
         importlib.import_module(module)
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path)
-        listener.listen()
-        while True:
-            connection, _ = listener.accept()
-            request = json.loads(connection.makefile("r").readline())
-            pid = os.fork()
-            if pid == 0:
-                listener.close()
-                run_forked(request)
-            threading.Thread(target=answer, args=(connection, pid), daemon=True).start()
+    gc.freeze()  # no command needs to look through what all of them share
+    while True:
+        connection, _ = listener.accept()
+        request = json.loads(connection.makefile("r").readline())
+        pid = os.fork()
+        if pid == 0:
+            listener.close()
+            run_forked(request)
+        threading.Thread(target=answer, args=(connection, pid), daemon=True).start()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        serve(sys.argv[2])
+        serve(socket.socket(fileno=int(sys.argv[2])))
     else:
         main()

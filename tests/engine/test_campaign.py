@@ -212,7 +212,8 @@ def test_the_command_ends_with_a_table_and_the_report(finished: Any) -> None:
 def test_the_config_in_the_run_directory_is_the_resolved_one(run: RunDirectory, finished: Any) -> None:
     from engine.config import load_config, parse_config
 
-    assert parse_config(run.read_text("config.yaml") or "") == load_config(str(finished.files.config))
+    overrides = [word for word in finished.options if word != "--set"]
+    assert parse_config(run.read_text("config.yaml") or "") == load_config(str(finished.files.config), overrides)
 
 
 # -- what can be done with it ------------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def test_the_merged_model_loads_in_plain_transformers_and_answers_as_in_the_run(
     assert texts(AutoModelForCausalLM.from_pretrained(merged, dtype="auto"), merged, prompts, 4) == expected
 
 
+@pytest.mark.whole
 def test_the_printed_command_is_one_of_vllm_s_and_the_adapter_answers_there_as_in_the_run(
     exported: Exported, tmp_path: Path
 ) -> None:

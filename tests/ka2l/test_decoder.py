@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from ka2l.decoder_config import DecoderConfig
 from ka2l.errors import ModelError, PoolError
+
+if TYPE_CHECKING:
+    from ka2l.decoder import Decoder
 
 NAMES = ["paris", "rome", "oslo", "cairo", "lima", "tokyo", "delhi", "quito"]
 VERBS = ["where is", "who built", "how old is", "who left"]
@@ -24,33 +27,66 @@ def pairs() -> tuple[np.ndarray, list[str]]:
     states, questions = [], []
     rng = np.random.default_rng(1)
     for (v, verb), (n, name) in itertools.product(enumerate(VERBS), enumerate(NAMES)):
-        for _ in range(12):
+        for _ in range(8):
             states.append(directions[n] + directions[len(NAMES) + v] + rng.normal(scale=0.05, size=WIDTH))
             questions.append(f"{verb} {name}?")
     return np.array(states, dtype=np.float32), questions
 
 
 def settings(kind: str = "inversion", **values: Any) -> DecoderConfig:
-    defaults = {"num_epochs": 6.0, "batch_size": 32, "learning_rate": 0.01, "num_soft_tokens": 4, "max_tokens": 16}
+    defaults = {"num_epochs": 8.0, "batch_size": 32, "learning_rate": 0.01, "num_soft_tokens": 4, "max_tokens": 16}
     return DecoderConfig(kind=kind, **{**defaults, **values})
 
 
-@pytest.mark.parametrize("kind", ["inversion", "self_inversion"])
-def test_a_decoder_reads_questions_from_states_it_never_saw(
-    kind: str, tiny_models: Callable[..., Path], tmp_path: Path
-) -> None:
-    from ka2l.decoder_training import fidelity, load_decoder, train_decoder
+def held_out(rows: Sequence[Any]) -> list[Any]:
+    """Every fourth row."""
+    return list(rows)[::4]
 
+
+def trained_on(rows: Sequence[Any]) -> list[Any]:
+    return [row for index, row in enumerate(rows) if index % 4]
+
+
+class Trained(NamedTuple):
+    """A decoder that was trained on three quarters of the pairs."""
+
+    decoder: Decoder
+    folder: str
+    metrics: dict[str, Any]
+    reports: list[dict[str, Any]]
+    """Its progress."""
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_models: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    """Kind -> a decoder; each is trained once."""
+    from ka2l.decoder_training import load_decoder, train_decoder
+
+    made: dict[str, Trained] = {}
     model = str(tiny_models("llama-2"))
+
+    def train(kind: str) -> Trained:
+        if kind not in made:
+            states, questions = pairs()
+            folder = str(tmp_path_factory.mktemp(kind))
+            config = settings(kind, num_epochs=8.0 if kind == "inversion" else 16.0)
+            reports: list[dict[str, Any]] = []
+            metrics = train_decoder(
+                model, np.array(trained_on(states)), trained_on(questions), config, folder, 0, progress=reports.append
+            )
+            made[kind] = Trained(load_decoder(folder, model, WIDTH, config), folder, metrics, reports)
+        return made[kind]
+
+    return train
+
+
+@pytest.mark.parametrize("kind", ["inversion", "self_inversion"])
+def test_a_decoder_reads_questions_from_states_it_never_saw(kind: str, trained: Callable[[str], Trained]) -> None:
+    from ka2l.decoder_training import fidelity
+
+    decoder, _, metrics, reports = trained(kind)
     states, questions = pairs()
-    held_out = np.arange(len(questions)) % 4 == 0
-    train = [question for question, out in zip(questions, held_out, strict=True) if not out]
-    config = settings(kind, num_epochs=12.0 if kind == "inversion" else 24.0)
-    reports: list[dict[str, Any]] = []
-    metrics = train_decoder(model, states[~held_out], train, config, str(tmp_path), 0, progress=reports.append)
-    decoder = load_decoder(str(tmp_path), model, WIDTH, config)
-    decoded = decoder.decode(states[held_out], 0)
-    measured = fidelity(decoded, [question for question, out in zip(questions, held_out, strict=True) if out])
+    measured = fidelity(decoder.decode(np.array(held_out(states)), 0), held_out(questions))
 
     assert metrics["last_loss"] < 0.5 * metrics["first_loss"]
     assert reports[-1]["step"] == reports[-1]["num_steps"] == metrics["num_steps"]
@@ -59,16 +95,11 @@ def test_a_decoder_reads_questions_from_states_it_never_saw(
     assert measured["token_f1"] >= measured["exact_match"]
 
 
-def test_noise_is_the_least_that_makes_most_questions_other_ones(
-    tiny_models: Callable[..., Path], tmp_path: Path
-) -> None:
-    from ka2l.decoder_training import calibrate_noise, load_decoder, train_decoder
+def test_noise_is_the_least_that_makes_most_questions_other_ones(trained: Callable[[str], Trained]) -> None:
+    from ka2l.decoder_training import calibrate_noise
 
-    model = str(tiny_models("llama-2"))
-    states, questions = pairs()
-    config = settings(num_epochs=12.0)
-    train_decoder(model, states, questions, config, str(tmp_path), 0)
-    decoder = load_decoder(str(tmp_path), model, WIDTH, config)
+    decoder = trained("inversion").decoder
+    states = np.array(held_out(pairs()[0]))
     own = decoder.decode(states, 0)
     noise = calibrate_noise(decoder, states, own, 0)
     spread = states.std(axis=0)
@@ -82,32 +113,35 @@ def test_noise_is_the_least_that_makes_most_questions_other_ones(
     assert calibrate_noise(decoder, states, own, 0) == noise
 
 
-def test_going_on_from_a_decoder_starts_where_it_ended(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+def test_going_on_from_a_decoder_starts_where_it_ended(
+    trained: Callable[[str], Trained], tiny_models: Callable[..., Path], tmp_path: Path
+) -> None:
     from ka2l.decoder_training import train_decoder
 
-    model = str(tiny_models("llama-2"))
+    first = trained("inversion")
     states, questions = pairs()
-    first = train_decoder(model, states, questions, settings(), str(tmp_path / "a"), 0)
+    config = settings(refit_epochs=1)
     again = train_decoder(
-        model, states, questions, settings(refit_epochs=1), str(tmp_path / "b"), 0, previous=str(tmp_path / "a")
+        str(tiny_models("llama-2")), states, questions, config, str(tmp_path), 0, previous=first.folder
     )
     assert again["refitted"]
-    assert again["first_loss"] < 0.7 * first["first_loss"]
-    assert again["num_steps"] == 12
+    assert again["first_loss"] < 0.7 * first.metrics["first_loss"]
+    assert again["num_steps"] == len(questions) / config.batch_size
 
 
-def test_the_same_training_gives_the_same_decoder(tiny_models: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_same_training_gives_the_same_decoder(
+    trained: Callable[[str], Trained], tiny_models: Callable[..., Path], tmp_path: Path
+) -> None:
     from ka2l.decoder_training import load_decoder, train_decoder
 
+    first = trained("inversion").decoder
     model = str(tiny_models("llama-2"))
     states, questions = pairs()
-    config = settings(num_epochs=2.0)
-    decoded = []
-    for name in ("a", "b"):
-        train_decoder(model, states, questions, config, str(tmp_path / name), 3)
-        decoder = load_decoder(str(tmp_path / name), model, WIDTH, config)
-        decoded.append(decoder.decode(states[:20], 1, temperature=1.0))
-    assert decoded[0] == decoded[1]
+    train_decoder(model, np.array(trained_on(states)), trained_on(questions), first.config, str(tmp_path), 0)
+    again = load_decoder(str(tmp_path), model, WIDTH, first.config)
+    decoded = again.decode(states[:20], 1, temperature=1.0)
+    assert any(decoded)
+    assert decoded == first.decode(states[:20], 1, temperature=1.0)
 
 
 def test_questions_that_are_all_too_long_are_an_error(tiny_models: Callable[..., Path], tmp_path: Path) -> None:

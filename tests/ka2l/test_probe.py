@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,21 @@ def fit(
     next_token: np.ndarray | None = None,
     **config: Any,
 ) -> Probe:
-    config = {"device": "cpu", "num_bootstrap": 50, "swiglu_hidden": 32} | config
+    quick = {"learning_rate": 5e-3, "num_epochs": 20, "num_bootstrap": 50, "swiglu_hidden": 32}
+    config = {"device": "cpu"} | quick | config
     layers, made = LAYERS[: states.shape[1]], ProbeConfig(**config)
     return fit_probe(states, unknown, split.tolist(), layers, made, seed, targets=targets, next_token=next_token)
 
 
+@functools.cache
+def fitted(kind: str = "mlp", calibration: str = "platt", strength: float = 2.0) -> Probe:
+    """A probe on ``planted`` states as they are, fitted once for all tests that look at it."""
+    return fit(*planted(strength=strength), kind=kind, calibration=calibration)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_finds_the_planted_direction_at_the_planted_layer(kind: str) -> None:
-    states, unknown = planted()
-    probe = fit(states, unknown, kind=kind)
+    probe = fitted(kind)
     assert probe.layer == 8
     assert probe.metrics["auroc"] > 0.95
     assert probe.metrics["accuracy"] > 0.88
@@ -66,7 +73,7 @@ def test_finds_the_planted_direction_at_the_planted_layer(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_figures_are_those_of_its_own_predictions_on_the_test_rows(kind: str) -> None:
     states, unknown = planted()
-    probe = fit(states, unknown, kind=kind)
+    probe = fitted(kind)
     test = SPLIT == "test"
     p_unknown = probe.predict(states[test])
     assert probe.metrics["auroc"] == pytest.approx(roc_auc_score(unknown[test], p_unknown))
@@ -79,7 +86,7 @@ def test_figures_are_those_of_its_own_predictions_on_the_test_rows(kind: str) ->
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_test_rows_change_no_weight_layer_or_calibration(kind: str, calibration: str) -> None:
     states, unknown = planted()
-    probe = fit(states, unknown, kind=kind, calibration=calibration)
+    probe = fitted(kind, calibration)
     test = SPLIT == "test"
     other_states, other_labels = states.copy(), unknown.copy()
     other_states[test] = np.random.default_rng(5).normal(size=other_states[test].shape) * 1e4
@@ -103,7 +110,7 @@ def test_the_layer_is_chosen_on_validation_rows_even_if_test_rows_disagree() -> 
 
 def test_the_same_seed_gives_the_same_probe_and_another_seed_another() -> None:
     states, unknown = planted()
-    first, second, other = fit(states, unknown), fit(states, unknown), fit(states, unknown, seed=1)
+    first, second, other = fitted(), fit(states, unknown), fit(states, unknown, seed=1)
     np.testing.assert_array_equal(first.predict(states), second.predict(states))
     assert first.metrics == second.metrics
     assert np.abs(first.predict(states) - other.predict(states)).max() > 0
@@ -112,7 +119,7 @@ def test_the_same_seed_gives_the_same_probe_and_another_seed_another() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_learns_the_same_alone_as_among_others(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states, unknown = planted()
-    together = fit(states, unknown, kind=kind)
+    together = fitted(kind)
     monkeypatch.setattr(probe_training, "MAX_PARAMETERS", 1)  # one layer at a time
     alone = fit(states, unknown, kind=kind)
     np.testing.assert_allclose(alone.predict(states), together.predict(states), atol=1e-4)
@@ -162,8 +169,7 @@ def test_training_ends_early_where_nothing_improves(monkeypatch: pytest.MonkeyPa
 
 
 def test_probabilities_match_frequencies() -> None:
-    states, unknown = planted(strength=1.0)
-    probe = fit(states, unknown)
+    probe = fitted(strength=1.0)
     fresh_states, fresh_unknown = planted(seed=7, strength=1.0, num_rows=4000)
     p_unknown = probe.predict(fresh_states)
     assert calibration_error(p_unknown, fresh_unknown)["ece"] < 0.1
@@ -173,16 +179,16 @@ def test_probabilities_match_frequencies() -> None:
 
 
 def test_log_odds_are_those_of_the_probabilities() -> None:
-    states, unknown = planted()
-    probe = fit(states, unknown)
+    states, _ = planted()
+    probe = fitted()
     log_odds = probe.predict_logit(states)
     np.testing.assert_allclose(1 / (1 + np.exp(-log_odds)), probe.predict(states))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_probe_predicts_the_same(kind: str, tmp_path: Path) -> None:
-    states, unknown = planted()
-    probe = fit(states, unknown, kind=kind)
+    states, _ = planted()
+    probe = fitted(kind)
     probe.save(str(tmp_path / "probe"))
     loaded = load_probe(str(tmp_path / "probe"))
     np.testing.assert_array_equal(loaded.predict(states), probe.predict(states))
@@ -192,8 +198,8 @@ def test_a_saved_probe_predicts_the_same(kind: str, tmp_path: Path) -> None:
 
 
 def test_states_of_all_layers_or_of_the_chosen_one_predict_the_same() -> None:
-    states, unknown = planted()
-    probe = fit(states, unknown)
+    states, _ = planted()
+    probe = fitted()
     np.testing.assert_array_equal(probe.predict(states), probe.predict(states[:, PLANTED]))
     with pytest.raises(ValueError, match="shape"):
         probe.predict(states[:, :3])
@@ -295,7 +301,7 @@ def certainty(unknown: np.ndarray, strength: float) -> np.ndarray:
 def test_certainty_of_the_first_token_is_joined_with_what_the_states_say(calibration: str, tmp_path: Path) -> None:
     states, unknown = planted(strength=1.0)
     next_token, test = certainty(unknown, 2.0), SPLIT == "test"
-    alone = fit(states, unknown, calibration=calibration)
+    alone = fitted(calibration=calibration, strength=1.0)
     both = fit(states, unknown, next_token=next_token, calibration=calibration)
     of_entropy = roc_auc_score(unknown[test], next_token[test, 0])
     assert both.metrics["auroc"] > max(alone.metrics["auroc"], of_entropy) + 0.01
@@ -313,13 +319,13 @@ def test_certainty_of_the_first_token_is_joined_with_what_the_states_say(calibra
 def test_certainty_that_says_nothing_hardly_harms() -> None:
     states, unknown = planted()
     joined = fit(states, unknown, next_token=certainty(unknown, 0.0))
-    assert joined.metrics["auroc"] > fit(states, unknown).metrics["auroc"] - 0.02
+    assert joined.metrics["auroc"] > fitted().metrics["auroc"] - 0.02
 
 
 def test_a_probe_that_was_fitted_with_certainty_asks_for_it() -> None:
     states, unknown = planted()
     with pytest.raises(ValueError, match="next_token"):
-        fit(states, unknown, next_token=certainty(unknown, 1.0)).predict(states)
+        fit(states, unknown, next_token=certainty(unknown, 1.0), num_epochs=1).predict(states)
 
 
 def test_rows_of_one_kind_leave_nothing_to_join() -> None:
@@ -330,7 +336,7 @@ def test_rows_of_one_kind_leave_nothing_to_join() -> None:
 
 def test_a_target_that_is_missing_is_the_rows_label() -> None:
     states, unknown = planted()
-    of_labels = fit(states, unknown).predict(states)
+    of_labels = fitted().predict(states)
     missing = fit(states, unknown, targets=np.full(len(SPLIT), np.nan))
     assert (missing.predict(states) == of_labels).all()
 
