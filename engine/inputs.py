@@ -44,14 +44,13 @@ def prepare(config: RunConfig, console: Console, *, pool_is_read: bool = False) 
         KA2LError: something that a run with this config would fail of, sooner or later.
     """
     _check_settings(config)
-    if not pool_is_read:
-        _check_pool(config)
-        _check_budget(config)
     if config.model.path != TESTBED:
-        _check_model(config, config.model)
+        _check_model(config, config.model, resumed=pool_is_read)
+    if not pool_is_read and _check_pool(config):
+        _check_budget(config)
     inputs = resolve(config, console)
     if config.model.path == TESTBED:
-        _check_model(config, inputs.model)
+        _check_model(config, inputs.model, resumed=pool_is_read)
     return inputs
 
 
@@ -125,14 +124,15 @@ def _check_settings(config: RunConfig) -> None:
         check_model_directory(config.annotator.teacher.model)
 
 
-def _check_model(config: RunConfig, model: ModelConfig) -> None:
+def _check_model(config: RunConfig, model: ModelConfig, *, resumed: bool) -> None:
     """The model's folder is whole, and the adapter can be put on it. A hub id is looked up when it is loaded."""
-    from ka2l.adapter import check_adapter
     from ka2l.models import check_model_directory, is_directory
 
     check_model_directory(model.path)
-    if not is_directory(model.path):
-        return
+    if resumed or not is_directory(model.path):
+        return  # importing peft takes seconds, and whoever began the run has checked the adapter
+    from ka2l.adapter import check_adapter
+
     try:
         check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -141,28 +141,30 @@ def _check_model(config: RunConfig, model: ModelConfig) -> None:
         ) from error
 
 
-def _check_pool(config: RunConfig) -> None:
-    """The pool's files are there, their columns are those of the config, and their first rows can be understood."""
+def _check_pool(config: RunConfig) -> bool:
+    """The pool's files are there, their columns are those of the config, and their first rows can be understood.
+
+    Returns:
+        Whether there may be usable rows. Where none of the first ones is, reading the pool tells why, row by row.
+    """
     from ka2l.pool import ColumnsConfig, Rejected, clean_row
     from ka2l.pool_sources import find_pieces, is_dataset, read_piece
 
     pool = config.pool
     if pool.path == TESTBED or is_dataset(pool.path):
-        return  # what it holds is known once Ray runs
+        return True  # what a data set holds is known once Ray runs
     columns = pool.columns or ColumnsConfig()
     named = (columns.question, columns.answers, columns.group, columns.fact, columns.split)
     pieces = find_pieces(pool.path, tuple(name for name in named if name is not None))
-    for piece in pieces[:1]:
-        first = [
-            clean_row(row, columns, pool, piece.path, position)
-            for position, row in islice(read_piece(piece), _FIRST_ROWS)
-        ]
-        wrong = [row.reason for row in first if isinstance(row, Rejected) and _is_of_format(row.reason)]
-        if first and len(wrong) == len(first):
-            raise PoolError(
-                f"none of the first {len(first)} rows of {piece.path} can be used: {wrong[0]}",
-                hint="Name the columns in pool.columns, for example {question: Question, answers: Answer}.",
-            )
+    rows = islice(read_piece(pieces[0]), _FIRST_ROWS) if pieces else ()
+    first = [clean_row(row, columns, pool, pieces[0].path, position) for position, row in rows]
+    reasons = [row.reason for row in first if isinstance(row, Rejected)]
+    if first and all(map(_is_of_format, reasons)) and len(reasons) == len(first):
+        raise PoolError(
+            f"none of the first {len(first)} rows of {pieces[0].path} can be used: {reasons[0]}",
+            hint="Name the columns in pool.columns, for example {question: Question, answers: Answer}.",
+        )
+    return len(reasons) < len(first)
 
 
 def _is_of_format(reason: str) -> bool:

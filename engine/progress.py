@@ -134,8 +134,10 @@ def say(console: Console, text: str) -> None:
 
 
 def rate(count: float, seconds: float, unit: str) -> str:
-    """``12 questions/s``; where one takes longer than a second, ``79.1 s each``."""
-    return f"{count / seconds:,.0f} {unit}/s" if count >= seconds else f"{seconds / count:,.1f} s each"
+    """``120 questions/s``, ``1.5 steps/s``; where one takes longer than a second, ``79.1 s each``."""
+    if count < seconds:
+        return f"{seconds / count:,.1f} s each"
+    return f"{count / seconds:,.{0 if count >= 10 * seconds else 1}f} {unit}/s"
 
 
 def duration(seconds: float) -> str:

@@ -88,6 +88,10 @@ def of_stages(files: dict[str, bytes]) -> dict[str, bytes]:
         ({"ray": {"address": "127.0.0.1:9"}}, "no Ray cluster answers at 127.0.0.1:9"),
         ({"sampler": {"num_samples": 1}}, "sampler.num_samples: Input should be greater than or equal to 2"),
         ({"pool": {"path": "/no/such/pool.jsonl"}}, "pool.path '/no/such/pool.jsonl': no JSONL or Parquet file there"),
+        (
+            {"pool": {"columns": {"question": "asked"}}},
+            "can be used: malformed: no column 'asked' (the row has: answers",
+        ),
         ({"tuning": {"adapter": {"target_modules": ["no_such_module"]}}}, "has no module named 'no_such_module'"),
         ({"tuning": {"adapter": {"target_modules": ".*no_such"}}}, "lora cannot be put on the model"),
     ],
@@ -99,6 +103,26 @@ def test_a_config_that_cannot_work_is_refused_before_anything_is_written(
 ) -> None:
     assert said in refused(command, write_config(**sections), "--run-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "estimate"])
+def test_a_budget_larger_than_the_pool_can_be_is_refused_before_anything_is_written(
+    command: str, write_config: Any, refused: Any, tmp_path: Path
+) -> None:
+    options = ("--run-dir", tmp_path / "run") if command == "run" else ()
+    message = refused(command, write_config(selection={"budget": 60}), *options)
+    assert "the budget of 120 annotations (2 rounds x 60) is larger than the 87 candidates that" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_testbed_is_not_built_for_a_run_that_cannot_work(
+    refused: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ka2l.testbed.build_testbed", lambda *_: pytest.fail("the testbed was built"))
+    monkeypatch.setenv("KA2L_CACHE", str(tmp_path))
+    words = ["run", "quickstart", "--run-dir", tmp_path / "run", "--set", "testbed.seed=7"]
+    assert "model directory /no/such/model does not exist" in refused(*words, "--set", "model.path=/no/such/model")
+    assert "larger than the 1200 candidates that testbed can hold" in refused(*words, "--set", "selection.budget=401")
 
 
 @pytest.mark.parametrize("command", ["run", "probe", "estimate", "config"])

@@ -15,7 +15,7 @@ from engine.progress import Progress, duration, every, rate
 
 @pytest.mark.parametrize(
     ("count", "seconds", "said"),
-    [(1200, 60, "20 questions/s"), (8, 633, "79.1 s each"), (60, 60, "1 questions/s"), (1, 2000, "2,000.0 s each")],
+    [(1200, 60, "20 questions/s"), (8, 633, "79.1 s each"), (90, 60, "1.5 questions/s"), (1, 2000, "2,000.0 s each")],
 )
 def test_what_takes_longer_than_a_second_is_told_in_seconds_each(count: int, seconds: float, said: str) -> None:
     assert rate(count, seconds, "questions") == said
