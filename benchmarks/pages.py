@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its charts, made from the newest result file of every question.
+"""docs/results.md and its charts, made from the newest result file of every question.
 
     python benchmarks/pages.py            # write them
     python benchmarks/pages.py --check    # exit code 1, and what differs, where they are not what the results give
@@ -81,7 +81,7 @@ def page(results: Path = RESULTS) -> tuple[str, dict[str, str]]:
         results: folder of the result files.
 
     Returns:
-        Markdown, and SVG text by file name in ``docs/benchmarks/``.
+        Markdown, and SVG text by file name in ``docs/results/``.
     """
     parts, charts, losses, titles = [], {}, [], []
     for question in SECTIONS:
@@ -100,7 +100,7 @@ def page(results: Path = RESULTS) -> tuple[str, dict[str, str]]:
             )
             raise
         named = {f"{question}-{name}.svg": svg for name, svg in found.charts.items()}
-        pictures = [f"![{module.TITLE}: {Path(name).stem}](benchmarks/{name})" for name in named]
+        pictures = [f"![{module.TITLE}: {Path(name).stem}](results/{name})" for name in named]
         link = f"../benchmarks/results/{question}/{file.name}"
         made = f"<sub>{made_by(result)} · [result file]({link})</sub>"
         parts.append("\n\n".join([f"## {module.TITLE}", wrapped(found.text), *pictures, made]))
@@ -151,8 +151,8 @@ def anchor(title: str) -> str:
 
 def differences(docs: Path, markdown: str, charts: Mapping[str, str]) -> list[str]:
     """What in ``docs`` is not what the results give."""
-    wanted = {docs / "benchmarks.md": markdown} | {docs / "benchmarks" / name: svg for name, svg in charts.items()}
-    present = {docs / "benchmarks.md", *(docs / "benchmarks").glob("*.svg")}
+    wanted = {docs / "results.md": markdown} | {docs / "results" / name: svg for name, svg in charts.items()}
+    present = {docs / "results.md", *(docs / "results").glob("*.svg")}
     found = []
     for file in sorted(present | wanted.keys()):
         if file not in wanted:
@@ -168,14 +168,14 @@ def differences(docs: Path, markdown: str, charts: Mapping[str, str]) -> list[st
 
 def write(docs: Path, markdown: str, charts: Mapping[str, str]) -> None:
     """Write the page and its charts, and remove charts that no section makes any longer."""
-    folder = docs / "benchmarks"
+    folder = docs / "results"
     folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("*.svg"):
         if file.name not in charts:
             file.unlink()
     for name, svg in charts.items():
         (folder / name).write_text(svg, encoding="utf-8")
-    (docs / "benchmarks.md").write_text(markdown, encoding="utf-8")
+    (docs / "results.md").write_text(markdown, encoding="utf-8")
 
 
 def main() -> None:
@@ -186,7 +186,7 @@ def main() -> None:
     markdown, charts = page()
     if not arguments.check:
         write(DOCS, markdown, charts)
-        print(f"written: {DOCS / 'benchmarks.md'} and {len(charts)} charts")
+        print(f"written: {DOCS / 'results.md'} and {len(charts)} charts")
     elif found := differences(DOCS, markdown, charts):
         print("\n".join(found))
         sys.exit("run python benchmarks/pages.py")

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its charts are what the result files give, and nothing else."""
+"""docs/results.md and its charts are what the result files give, and nothing else."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def docs(tmp_path: Path) -> Path:
     """A copy of the page as it is committed."""
     folder = tmp_path / "docs"
     folder.mkdir()
-    shutil.copy(pages.DOCS / "benchmarks.md", folder)
-    shutil.copytree(pages.DOCS / "benchmarks", folder / "benchmarks")
+    shutil.copy(pages.DOCS / "results.md", folder)
+    shutil.copytree(pages.DOCS / "results", folder / "results")
     return folder
 
 
@@ -70,7 +70,7 @@ def test_the_page_and_its_charts_are_what_the_results_give(made: tuple[str, dict
 
 
 def test_a_figure_that_is_edited_by_hand_is_found(made: tuple[str, dict[str, str]], docs: Path) -> None:
-    page = docs / "benchmarks.md"
+    page = docs / "results.md"
     figures = re.findall(r"\d\.\d{3}", page.read_text())
     page.write_text(page.read_text().replace(figures[0], "0.999", 1))
 
@@ -80,10 +80,10 @@ def test_a_figure_that_is_edited_by_hand_is_found(made: tuple[str, dict[str, str
 
 
 def test_a_chart_that_is_edited_missing_or_left_over_is_found(made: tuple[str, dict[str, str]], docs: Path) -> None:
-    edited, missing = sorted((docs / "benchmarks").glob("*.svg"))[:2]
+    edited, missing = sorted((docs / "results").glob("*.svg"))[:2]
     edited.write_text(edited.read_text().replace("</svg>", "<!-- --></svg>"))
     missing.unlink()
-    (docs / "benchmarks" / "left-over.svg").write_text("<svg/>")
+    (docs / "results" / "left-over.svg").write_text("<svg/>")
 
     found = pages.differences(docs, *made)
     assert len(found) == 3
@@ -213,7 +213,7 @@ def test_links_of_the_page_lead_to_files(made: tuple[str, dict[str, str]]) -> No
 
 def test_every_result_that_other_texts_name_is_there() -> None:
     texts = [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", REPOSITORY / "CONTRIBUTING.md"]
-    texts += [path for path in pages.DOCS.glob("*.md") if path.name != "benchmarks.md"]
+    texts += [path for path in pages.DOCS.glob("*.md") if path.name != "results.md"]
     named = {
         (path.name, name)
         for path in texts
@@ -229,7 +229,7 @@ def test_links_into_the_page_lead_to_headings(made: tuple[str, dict[str, str]]) 
     linked = {
         anchor
         for path in (REPOSITORY / "README.md", *pages.DOCS.glob("*.md"))
-        for anchor in re.findall(r"benchmarks\.md#([\w-]+)\)", path.read_text(encoding="utf-8"))
+        for anchor in re.findall(r"results\.md#([\w-]+)\)", path.read_text(encoding="utf-8"))
     }
 
     assert linked
@@ -245,8 +245,8 @@ def test_paragraphs_are_filled_and_tables_are_not() -> None:
 def test_writing_makes_page_and_charts_and_removes_what_no_section_makes(
     made: tuple[str, dict[str, str]], docs: Path
 ) -> None:
-    (docs / "benchmarks" / "left-over.svg").write_text("<svg/>")
-    (docs / "benchmarks.md").write_text("stale")
+    (docs / "results" / "left-over.svg").write_text("<svg/>")
+    (docs / "results.md").write_text("stale")
 
     pages.write(docs, *made)
 
@@ -261,10 +261,10 @@ def test_check_writes_nothing_and_says_what_differs(
     monkeypatch.setattr(sys, "argv", ["pages.py", "--check"])
     pages.main()  # nothing to say, exit code 0
 
-    (docs / "benchmarks.md").write_text("edited")
+    (docs / "results.md").write_text("edited")
     with pytest.raises(SystemExit) as stopped:
         pages.main()
 
     assert stopped.value.code not in (None, 0)
-    assert "benchmarks.md: differs" in capsys.readouterr().out
-    assert (docs / "benchmarks.md").read_text() == "edited"
+    assert "results.md: differs" in capsys.readouterr().out
+    assert (docs / "results.md").read_text() == "edited"
