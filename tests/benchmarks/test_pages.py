@@ -130,7 +130,7 @@ def test_a_section_shows_what_made_it(tmp_path: Path, monkeypatch: pytest.Monkey
                  "2026-05-04", "revision 01234567+", "(../benchmarks/results/invented/2026-05-04.json)"):  # fmt: skip
         assert part in section
     assert charts == {"invented-curve.svg": "<svg/>\n"}
-    assert "](benchmarks/invented-curve.svg)" in section
+    assert "](results/invented-curve.svg)" in section
 
 
 def test_a_result_that_its_section_cannot_read_is_named(tmp_path: Path) -> None:
