@@ -34,6 +34,7 @@ test-fast: setup
 check: setup
 	$(BIN)/ruff check $(CHECKED)
 	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: setup

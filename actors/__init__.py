@@ -1,19 +1,14 @@
-"""Ray hosts of samplers, extractors, scorers and training; no maths.
+"""Ray hosts of samplers, extractors, scorers and training. They hold no maths.
 
-host.py               what hosts share
-faults.py             deadlines, retries, and how much may fail
-placement.py          room for workers, set aside in placement groups
-leases.py             who of many runs gets workers next
-shared.py             workers that several runs ask
-metrics.py            figures for Ray's metrics
-shards.py             a job over shards on Ray Data
-pool.py               workers that stay, asked again and again
-sampler.py            hosts vLLM
-extractor.py          hosts hidden states and perplexities
-scorer.py             hosts equivalence
-teacher.py            hosts a local teacher
-pool_reader.py        reads pools with Ray Data
-pool_blocks.py        what its workers do with a block of rows
-trainer.py            Ray Train around tuning
-decoder.py            Ray Train around the decoder; decoding in a task
+workers/        where workers come from and how work reaches them
+host.py         what hosts share
+sampler.py      hosts vLLM
+extractor.py    hosts hidden states and perplexities
+scorer.py       hosts clustering and grading
+teacher.py      hosts a local teacher
+tuner.py        tuning on Ray Train
+decoder.py      the decoder's fit on Ray Train, and decoding in a task
+pool_reader.py  reads a pool with Ray Data
+pool_blocks.py  what its workers do with a block of rows
+metrics.py      figures for Ray's metrics
 """

@@ -1,4 +1,4 @@
-"""Ray hosts of the decoder: training under Ray Train; decoding, and forwarding what was decoded, in tasks."""
+"""Ray hosts of the decoder: its fit on Ray Train; decoding, and the forward pass of decoded questions, in tasks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.faults import FaultsConfig
 from actors.host import Host, Stats, set_num_threads
 from actors.metrics import Tags
-from actors.placement import Placement
-from actors.trainer import Workers, run_loop, run_remote
-from ka2l.decoder_config import DecoderConfig
-from ka2l.records import stored_layers, stored_states
+from actors.workers.faults import FaultsConfig
+from actors.workers.placement import Placement
+from actors.workers.ray_task import Workers, run_remote
+from actors.workers.ray_train import run_loop
+from ka2l.decoder.config import DecoderConfig
+from ka2l.schemas import stored_layers, stored_states
 from ka2l.seeds import row_seed
 
 #: Questions of one source that a decoder is fitted on at most: their states are held by one worker.
@@ -121,7 +122,7 @@ def run_decoder_training(
 
 
 def _train(arguments: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    from ka2l.decoder_training import calibrate_noise, fidelity, load_decoder, train_decoder
+    from ka2l.decoder.training import calibrate_noise, fidelity, load_decoder, train_decoder
 
     config = DecoderConfig(**arguments["config"])
     set_num_threads(config.cpus_per_worker)
@@ -180,7 +181,7 @@ def _decode(
     seed: int,
     trust_remote_code: bool,
 ) -> list[str]:
-    from ka2l.decoder_training import load_decoder
+    from ka2l.decoder.training import load_decoder
 
     set_num_threads(config.cpus_per_worker)
     decoder = load_decoder(folder, model_path, states.shape[1], config, trust_remote_code=trust_remote_code)

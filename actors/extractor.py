@@ -1,4 +1,4 @@
-"""Hosts one forward pass a text: questions in, pooled hidden states out; facts or questions in, perplexities out."""
+"""Hosts of the forward pass: questions to pooled hidden states, facts or questions to perplexities."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actors.host import Stats
-from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor, UnusableRowsError
-from ka2l.perplexity import PerplexityScorer, fact_tokens, question_tokens
+from ka2l.knowledge.extraction_config import ExtractionConfig
+from ka2l.knowledge.hidden_states import HiddenStateExtractor, UnusableRowsError
+from ka2l.knowledge.perplexity import PerplexityScorer, fact_tokens, question_tokens
 from ka2l.prompts import Prompter
-from ka2l.records import DIFFICULTY, PERPLEXITY, hidden_states_schema
+from ka2l.schemas import DIFFICULTY, PERPLEXITY, hidden_states_schema
 
 
 class PerplexityHost:

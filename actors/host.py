@@ -1,4 +1,4 @@
-"""What all hosts share: the one-method interface, threads, and where a worker's chatter goes."""
+"""What all hosts share: the one-method interface, threads, and the log of a worker's output."""
 
 from __future__ import annotations
 

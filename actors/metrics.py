@@ -1,4 +1,4 @@
-"""Figures of runs for Ray's metrics, which every node exports to Prometheus as ``ray_NAME``.
+"""Metrics of runs, which every Ray node exports to Prometheus as ``ray_NAME``.
 
 Counters and gauges with the same tags throughout (`Tags`). Where Ray is not running they do nothing, and no error of
 theirs ends a run. cluster/grafana-dashboard.json plots them.

@@ -1,4 +1,4 @@
-"""Work on the blocks of a cleaned pool, done where they lie: of a block only keys, counts and bad rows come back."""
+"""Works on blocks of a cleaned pool where they lie; only keys, counts and bad rows return to the driver."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 
-from actors.shards import original_error
-from ka2l import pool
+from actors.workers.ray_data import original_error
+from ka2l.pool.rows import questions_table, references_table
 
 #: Rows that a task writes at least, so that small shards do not cost a task each.
 _TASK_ROWS = 16_384
@@ -23,7 +23,7 @@ WriteShard = Callable[[int, pa.Table, pa.Table], object]
 
 
 class BlockKeys(NamedTuple):
-    """Of one block, a row each; see ``pool.CLEAN``."""
+    """Of one block, a row each; see ``ka2l.pool.rows.CLEAN``."""
 
     question: NDArray[np.uint64]
     id: NDArray[np.uint64]
@@ -50,7 +50,7 @@ class Blocks:
     """The blocks of a cleaned pool, in source order.
 
     Args:
-        refs: tables with the schema ``pool.CLEAN``.
+        refs: tables with the schema ``ka2l.pool.rows.CLEAN``.
     """
 
     def __init__(self, refs: Sequence[Any]) -> None:
@@ -179,6 +179,6 @@ def _write(
     for index, start in enumerate(range(0, len(table), shard_rows), first_shard):
         rows = table.slice(start, shard_rows).combine_chunks()
         inside = assigned[start : start + shard_rows]
-        write(index, pool.questions_table(rows, inside), pool.references_table(rows))
+        write(index, questions_table(rows, inside), references_table(rows))
         written.append((index, len(rows)))
     return written

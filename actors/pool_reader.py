@@ -22,13 +22,14 @@ import ray.data
 from numpy.typing import NDArray
 
 from actors.pool_blocks import Blocks, WriteShard
-from actors.shards import quiet_data_context
-from ka2l import pool, pool_sources, pool_splits
+from actors.workers.ray_data import quiet_data_context
 from ka2l.errors import PoolError
-from ka2l.pool import ColumnsConfig, PoolConfig, RowMapper
-from ka2l.pool_sources import Piece
-from ka2l.pool_splits import Repeats
-from ka2l.records import SPLITS
+from ka2l.pool import sources
+from ka2l.pool.config import ColumnsConfig, PoolConfig
+from ka2l.pool.rows import CLEAN, RowMapper, clean_table, quarantine_table
+from ka2l.pool.sources import Piece
+from ka2l.pool.splits import Repeats, assign_splits, find_duplicates
+from ka2l.schemas import SPLITS
 
 _CHUNK_ROWS = 4096
 _BIN_BYTES = 64 * 2**20
@@ -82,7 +83,7 @@ def read_pool(
         blocks = Blocks(dataset.to_arrow_refs())
     keys = _collect_keys(blocks, dataset.count(), config)
     _refuse_unreadable(keys)
-    by_question, by_id = pool_splits.find_duplicates(keys.question, keys.id, keys.split, keys.usable)
+    by_question, by_id = find_duplicates(keys.question, keys.id, keys.split, keys.usable)
     del keys.id
     counts = _counts(keys, by_question, by_id)
     written = _write_quarantine(blocks, keys, by_question, by_id, write_quarantine)
@@ -94,7 +95,7 @@ def read_pool(
     _keep(keys, is_kept)
     _refuse_unused_group(keys, config)
     try:
-        assigned = pool_splits.assign_splits(
+        assigned = assign_splits(
             keys.question, keys.group, keys.split, num_seed=config.num_seed, num_eval=config.num_eval, seed=seed
         )
     except PoolError as err:
@@ -114,10 +115,10 @@ def _clean_dataset(config: PoolConfig) -> ray.data.Dataset:
     columns = config.columns or ColumnsConfig()
     required = [columns.question, columns.answers, columns.group, columns.fact, columns.split]
     names = tuple(name for name in required if name is not None)
-    if pool_sources.is_dataset(config.path):
+    if sources.is_dataset(config.path):
         dataset = _read_hub(config, columns, names)
     else:
-        bins = _bins(pool_sources.find_pieces(config.path, names))
+        bins = _bins(sources.find_pieces(config.path, names))
         items = [{"pieces": json.dumps(pieces)} for pieces in bins]
         read = partial(_clean_pieces, columns=columns, config=config)
         dataset = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(read, batch_format="pyarrow")
@@ -141,13 +142,13 @@ def _bins(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def _clean_pieces(batch: pa.Table, columns: ColumnsConfig, config: PoolConfig) -> Iterator[pa.Table]:
-    tables = [pool.CLEAN.empty_table()]
+    tables = [CLEAN.empty_table()]
     for text in batch["pieces"].to_pylist():
         for fields in json.loads(text):
             piece = Piece(*fields)
-            rows = pool_sources.read_piece(piece)
+            rows = sources.read_piece(piece)
             while chunk := list(islice(rows, _CHUNK_ROWS)):
-                tables.append(pool.clean_table(chunk, columns, config, piece.path))
+                tables.append(clean_table(chunk, columns, config, piece.path))
                 if sum(map(len, tables)) >= _CHUNK_ROWS:
                     yield pa.concat_tables(tables).combine_chunks()
                     tables = []
@@ -156,14 +157,14 @@ def _clean_pieces(batch: pa.Table, columns: ColumnsConfig, config: PoolConfig) -
 
 
 def _read_hub(config: PoolConfig, columns: ColumnsConfig, required: tuple[str, ...]) -> ray.data.Dataset:
-    loaded = pool_sources.load_dataset(config.path, config.hf_name, config.hf_split)
+    loaded = sources.load_dataset(config.path, config.hf_name, config.hf_split)
     if config.limit:
         loaded = loaded.select(range(min(config.limit, len(loaded))))
-    known = pool_sources.KNOWN_DATASETS.get(config.path)
+    known = sources.KNOWN_DATASETS.get(config.path)
     # Columns named by the user beyond the standard ones refer to the published layout.
     mapper = known.mapper if known and (columns.question, columns.answers) == ("question", "answers") else None
     if mapper is None:
-        pool_sources.check_columns(loaded.column_names, required, config.path)
+        sources.check_columns(loaded.column_names, required, config.path)
     source = f"{config.path}[{config.hf_split}]"
     blocks: list[Any] = []
     first_row = 0
@@ -182,7 +183,7 @@ def _clean_numbered(
     batch: pa.Table, columns: ColumnsConfig, config: PoolConfig, source: str, mapper: RowMapper | None
 ) -> pa.Table:
     rows = zip(batch["position"].to_pylist(), batch["row"].to_pylist(), strict=True)
-    return pool.clean_table(rows, columns, config, source, mapper)
+    return clean_table(rows, columns, config, source, mapper)
 
 
 # ---------------------------------------------------------------------------------------------------- deciding
@@ -280,4 +281,4 @@ def _quarantined(blocks: Blocks, bad: NDArray[np.int64], by_question: Repeats, b
             elif index in same_id:
                 reason = f"duplicate_id: same id as {place[same_id[index]]}, another question"
             reasons.append(reason)
-        yield pool.quarantine_table(chosen, reasons)
+        yield quarantine_table(chosen, reasons)

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from actors.host import Stats, wait_for_gpu_memory
-from ka2l.adaptive_sampling import draw_until_settled
-from ka2l.canary import check_canary
 from ka2l.errors import ModelError
-from ka2l.models import max_model_len, split_source
+from ka2l.model.canary import check_canary
+from ka2l.model.loading import max_model_len, split_source
 from ka2l.prompts import Prompter
-from ka2l.records import SAMPLES
-from ka2l.sampling import Generation, Request, Sampler, SamplerConfig, rejected
+from ka2l.sampling.early_stop import draw_until_settled
+from ka2l.sampling.sampler import Generation, Request, Sampler, SamplerConfig, rejected
+from ka2l.schemas import SAMPLES
 from ka2l.seeds import row_seed
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

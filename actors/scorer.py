@@ -1,4 +1,4 @@
-"""Hosts equivalence (lexical, NLI, embedding, judge): samples in, clusters and grades out."""
+"""Hosts clustering and grading with an equivalence (lexical, NLI, embedding, judge)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import pyarrow as pa
 
 from actors.host import Stats
-from ka2l.adaptive_sampling import expected_entropy
-from ka2l.clustering import cluster_answers
-from ka2l.equivalence import Equivalence
-from ka2l.grading import grade_answers
-from ka2l.prompts import encode_messages
-from ka2l.records import CLUSTERS
-from ka2l.sampling import Request, Sampler
-from ka2l.semantic_entropy import (
+from ka2l.answers.clustering import cluster_answers
+from ka2l.answers.equivalence import Equivalence
+from ka2l.answers.grading import grade_answers
+from ka2l.knowledge.semantic_entropy import (
     disagreement,
     discrete_semantic_entropy,
     predictive_entropy,
     weighted_semantic_entropy,
 )
+from ka2l.prompts import encode_messages
+from ka2l.sampling.early_stop import expected_entropy
+from ka2l.sampling.sampler import Request, Sampler
+from ka2l.schemas import CLUSTERS
 
 
 class ScorerHost:

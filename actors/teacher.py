@@ -1,4 +1,4 @@
-"""Hosts a local teacher: chat requests in, chat completions out, as an endpoint would answer them."""
+"""Hosts a local teacher: chat requests to chat completions, in the format of an endpoint."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from actors.pool import HostPool
+from actors.workers.standing import StandingWorkers
 from ka2l.prompts import encode_messages
-from ka2l.sampling import Generation, Request, Sampler
-from ka2l.teacher_local import ChatRequest, Complete
+from ka2l.sampling.sampler import Generation, Request, Sampler
+from ka2l.teacher.local import ChatRequest, Complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ class TeacherHost:
         }
 
 
-def complete_with(pool: HostPool) -> Complete:
+def complete_with(pool: StandingWorkers) -> Complete:
     """Generates with a pool of these hosts: a few hundred requests a call, which is what an engine decodes at once."""
 
     def complete(requests: Sequence[ChatRequest]) -> Generator[tuple[int, Mapping[str, Any]]]:

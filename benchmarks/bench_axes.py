@@ -23,11 +23,11 @@ import numpy as np
 from arms import WITHOUT_DECODER, run_arm, seeded_parser
 from machine import write_result
 
-from engine.artifacts import RunDirectory
 from engine.config import load_config
 from engine.inputs import cache_dir
-from ka2l.metrics import mean_with_ci
-from ka2l.testbed import cached_testbed
+from engine.store.run_directory import RunDirectory
+from ka2l.evaluation.statistics import mean_with_ci
+from ka2l.testbed.build import cached_testbed
 
 COMMON = [
     *WITHOUT_DECODER,

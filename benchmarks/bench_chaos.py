@@ -31,8 +31,8 @@ from typing import Any, ClassVar, NamedTuple
 import yaml
 from machine import write_result
 
-from engine.artifacts import RunDirectory
 from engine.stages import pool_folders, round_folders
+from engine.store.run_directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = 1

@@ -2,8 +2,9 @@
 clusters stay the same.
 
 A lab's model (see ``lab.py``), which was shown some facts often, some a little and some never, answers each question
-many times at temperature 1; the answers are clustered by what `ka2l.equivalence` does and by two full procedures. Calls
-are counted as the equivalence makes them: a directed entailment is one forward pass, any other verdict on a pair one.
+many times at temperature 1; the answers are clustered by what `ka2l.answers.equivalence` does and by two full
+procedures. Calls are counted as the equivalence makes them: a directed entailment is one forward pass, any other
+verdict on a pair one.
 
     python benchmarks/bench_clustering.py
     python benchmarks/bench_clustering.py --world entity_questions   # real facts: a question of its own
@@ -31,9 +32,15 @@ from lab import Lab
 from machine import write_result
 from worlds import WORLDS, open_lab
 
-from ka2l.clustering import cluster_answers
-from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence, entail_each_other
-from ka2l.normalise import surface_key, tokenize
+from ka2l.answers.clustering import cluster_answers
+from ka2l.answers.equivalence import (
+    EmbeddingEquivalence,
+    Equivalence,
+    LexicalEquivalence,
+    NLIEquivalence,
+    entail_each_other,
+)
+from ka2l.answers.normalise import surface_key, tokenize
 from ka2l.seeds import row_seed
 
 #: The slow kind, and the seconds, are measured on every so many questions.

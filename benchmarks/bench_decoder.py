@@ -34,8 +34,8 @@ from machine import write_result
 
 from engine.config import load_config
 from engine.inputs import cache_dir
-from ka2l.selection import Candidates, Selected, SelectionConfig
-from ka2l.testbed import cached_testbed
+from ka2l.selection.strategies import Candidates, Selected, SelectionConfig
+from ka2l.testbed.build import cached_testbed
 
 #: What differs from the quickstart in every arm.
 COMMON = [

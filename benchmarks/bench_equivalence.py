@@ -1,9 +1,9 @@
 """Grading against people: how often each equivalence that needs no judge says what people said of 1,490 answers.
 
 The answers are systems' to the 301 questions of NQ-301, each judged by people against the same references (Kamalloo et
-al. 2023, arXiv 2305.06984). The questions are parted in two by a hash. The rules of `ka2l.lexical` were made with an
-eye on the errors of the development half only, so the other half is the figure; each half's thresholds are chosen
-on the other. Intervals resample questions, since the answers to one question go together.
+al. 2023, arXiv 2305.06984). The questions are parted in two by a hash. The rules of `ka2l.answers.lexical` were made
+with an eye on the errors of the development half only, so the other half is the figure; each half's thresholds are
+chosen on the other. Intervals resample questions, since the answers to one question go together.
 
     python benchmarks/bench_equivalence.py --published OpenQA-eval/data
 
@@ -28,10 +28,10 @@ from bench_clustering import minilm_directory
 from machine import write_result
 from numpy.typing import NDArray
 
-from ka2l.equivalence import EquivalenceConfig, LexicalEquivalence
-from ka2l.grading import grade_answers
-from ka2l.lexical import same_answer
-from ka2l.normalise import tokenize
+from ka2l.answers.equivalence import EquivalenceConfig, LexicalEquivalence
+from ka2l.answers.grading import grade_answers
+from ka2l.answers.lexical import same_answer
+from ka2l.answers.normalise import tokenize
 
 NUM_RESAMPLES = 2000
 SETS = ("held_out", "development", "all")

@@ -23,8 +23,9 @@ from typing import Any
 from arms import ka2l, set_options
 from machine import write_result
 
-from engine.artifacts import RunDirectory, add_up
-from engine.ledger import committed_stages
+from engine.store.ledger import committed_stages
+from engine.store.manifest import add_up
+from engine.store.run_directory import RunDirectory
 
 ITEMS = ("tokens_prompt", "tokens_generated", "forward_passes", "annotations", "seconds", "cpu_seconds", "gpu_seconds",
          "money")  # fmt: skip

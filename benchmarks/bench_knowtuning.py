@@ -29,9 +29,9 @@ from typing import Any
 from arms import SHARED_STAGES, run_arm, seeded_parser
 from machine import write_result
 
-from engine.artifacts import RunDirectory
-from ka2l.metrics import mean_with_ci
-from ka2l.testbed_lives import grade_life
+from engine.store.run_directory import RunDirectory
+from ka2l.evaluation.statistics import mean_with_ci
+from ka2l.testbed.lives import grade_life
 
 #: Up to the facts of the annotated answers, which every arm but ``random`` has in common.
 ANNOTATED = (*SHARED_STAGES, "select", "annotate", "facts", "difficulty")

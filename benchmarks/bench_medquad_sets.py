@@ -32,15 +32,15 @@ from typing import Any
 
 from machine import write_result
 
-from engine.journal import FileJournal
-from ka2l.knowledge_writer import Extract, Rephrase, Revise, Rewrite, Task, TeacherWriter, task_prompt
-from ka2l.knowtuning import KnownFacts, KnowTuningConfig, augment, extract_facts, parts_of
-from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer
-from ka2l.perplexity import PerplexityScorer, fact_tokens
+from engine.store.journal import FileJournal
+from ka2l.knowledge.perplexity import PerplexityScorer, fact_tokens
+from ka2l.model.loading import ModelConfig, load_causal_lm, load_tokenizer
 from ka2l.prompts import encode_messages
-from ka2l.teacher import Teacher
-from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_request import TeacherPrompt
+from ka2l.teacher.config import TeacherConfig
+from ka2l.teacher.endpoint import Teacher
+from ka2l.teacher.request import TeacherPrompt
+from ka2l.tuning.knowledge_writer import Extract, Rephrase, Revise, Rewrite, Task, TeacherWriter, task_prompt
+from ka2l.tuning.knowtuning import KnownFacts, KnowTuningConfig, augment, extract_facts, parts_of
 
 #: Tokens that the teacher reads at most: a few answers are longer and are refused by the server.
 CONTEXT = 4096
@@ -137,7 +137,7 @@ class Counting:
         self.num_requests = 0
 
     def ask(self, prompts: Mapping[str, TeacherPrompt]) -> Any:
-        """See `ka2l.teacher.Teacher.ask`."""
+        """See `ka2l.teacher.endpoint.Teacher.ask`."""
         began = time.monotonic()
         run = self.teacher.ask(prompts)
         self.num_requests += run.num_requests

@@ -33,10 +33,10 @@ import yaml
 from bench_schedule import replay
 from machine import write_result
 
-from engine.artifacts import RunDirectory
 from engine.config import parse_config
-from engine.ledger import committed_stages
 from engine.stages import room_of
+from engine.store.ledger import committed_stages
+from engine.store.run_directory import RunDirectory
 
 HERE = Path(__file__).resolve().parent
 #: Kind of question -> its answer for everything: what a random model cannot know, and tuning can teach.

@@ -63,7 +63,7 @@ def check_states(spec: dict[str, Any]) -> float:
     """Largest difference between the engine's states and the bare loop's; raises SystemExit where it is not small."""
     import numpy as np
 
-    from engine.artifacts import RunDirectory
+    from engine.store.run_directory import RunDirectory
 
     table = RunDirectory(spec["run_dir"]).stage("extract", 0).table()
     ours = dict(zip(table["question_id"].to_pylist(), table["states"].combine_chunks().to_pylist(), strict=True))
@@ -142,7 +142,7 @@ def main() -> None:
 
     from engine.config import load_config
     from engine.inputs import cache_dir
-    from ka2l.testbed import cached_testbed
+    from ka2l.testbed.build import cached_testbed
 
     print("looking for the testbed, building it where it is not in the cache (minutes)", file=sys.stderr, flush=True)
     testbed = cached_testbed(load_config("quickstart", ["testbed.outside_share=0"]).testbed, cache_dir() / "testbeds")

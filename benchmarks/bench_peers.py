@@ -53,14 +53,14 @@ from peers_models import save_causal_lm, save_nli_model
 from sides import Side, in_turns, speed, timed
 
 from engine.inputs import cache_dir
-from ka2l.clustering import cluster_answers
-from ka2l.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence
-from ka2l.metrics import auroc_with_ci
-from ka2l.models import ModelConfig, load_tokenizer
-from ka2l.p_true import SolvedExample, option_log_likelihoods, p_true, p_true_prompt, split_examples
-from ka2l.perplexity import PerplexityScorer
-from ka2l.semantic_entropy import discrete_semantic_entropy
-from ka2l.testbed import Testbed, TestbedConfig, cached_testbed
+from ka2l.answers.clustering import cluster_answers
+from ka2l.answers.equivalence import EmbeddingEquivalence, Equivalence, LexicalEquivalence, NLIEquivalence
+from ka2l.evaluation.statistics import auroc_with_ci
+from ka2l.knowledge.p_true import SolvedExample, option_log_likelihoods, p_true, p_true_prompt, split_examples
+from ka2l.knowledge.perplexity import PerplexityScorer
+from ka2l.knowledge.semantic_entropy import discrete_semantic_entropy
+from ka2l.model.loading import ModelConfig, load_tokenizer
+from ka2l.testbed.build import Testbed, TestbedConfig, cached_testbed
 
 TESTBED = TestbedConfig(num_people=200, num_seed_people=80, stranger_share=0.25, partly_share=0.20)
 PEERS = ("uqlm", "lm_polygraph")

@@ -53,7 +53,7 @@ def testbed_of(name: str) -> Any:
     """The testbed that ``PEOPLE:SEED`` names: so many people, and 80 whose facts are seed questions."""
     from engine.config import load_config
     from engine.inputs import cache_dir
-    from ka2l.testbed import cached_testbed
+    from ka2l.testbed.build import cached_testbed
 
     people, _, seed = name.partition(":")
     changes = ["testbed.outside_share=0", f"testbed.num_people={people}", f"testbed.seed={seed}", *TESTBEDS[people]]

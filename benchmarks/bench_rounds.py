@@ -18,7 +18,8 @@ For each: wrong answers of the base model among what was annotated, and accuracy
 rounds of a tenth, by ``two_axis``, with the accuracy after each and the share of the rest that is predicted
 unknown and wrong, and where four rules would have stopped. About 20 minutes a seed and world on two cores.
 
-The weight of the samples' disagreement (`ka2l.evidence`) was chosen on seeds 0 and 1, by AUROC for wrong answers.
+The weight of the samples' disagreement (`ka2l.knowledge.evidence`) was chosen on seeds 0 and 1, by AUROC for wrong
+answers.
 
     python benchmarks/bench_rounds.py --worlds people_misled sets_misled people entity_questions --seeds 0 1 2
 """
@@ -34,15 +35,15 @@ from lab import Lab
 from scipy.special import expit, logit
 from worlds import measure_worlds
 
-from ka2l.candidates import Candidates
-from ka2l.correctness import fit_correctness
-from ka2l.evidence import combine
-from ka2l.labels import label_questions
-from ka2l.metrics import auroc, mean_with_ci, proportion_with_ci
-from ka2l.probe import fit_probe
+from ka2l.evaluation.statistics import auroc, mean_with_ci, proportion_with_ci
+from ka2l.knowledge.evidence import combine
+from ka2l.knowledge.labels import label_questions
+from ka2l.knowledge.probe import fit_probe
+from ka2l.knowledge.semantic_entropy import disagreement, discrete_semantic_entropy
+from ka2l.knowledge.wrongness import fit_correctness
 from ka2l.seeds import row_seed
-from ka2l.selection import SelectionConfig, explored_share, num_likely, select
-from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
+from ka2l.selection.candidates import Candidates
+from ka2l.selection.strategies import SelectionConfig, explored_share, num_likely, select
 
 #: Shares of the candidates: what is answered wrongly in doubt, roughly, and all that is answered wrongly.
 BUDGET, BUDGET_MISLED = 0.25, 0.5

@@ -1,8 +1,9 @@
 """How well would a benchmark of 9 models, 3 data sets and 3 seeds fill 8, 64 and 512 GPUs? A discrete-event model.
 
-The queue is the real one (`actors.leases`), the engines' sizes are those that `ka2l.sizing` gives each model on cards
-of 80 GiB; what is modelled is how long a stage takes: a start, and work that several engines share. The bound is that
-of list scheduling: no schedule ends before all work is done by all GPUs, nor before the longest chain of stages.
+The queue is the real one (`actors.workers.leases`), the engines' sizes are those that `ka2l.model.sizing` gives each
+model on cards of 80 GiB; what is modelled is how long a stage takes: a start, and work that several engines share. The
+bound is that of list scheduling: no schedule ends before all work is done by all GPUs, nor before the longest chain of
+stages.
 
 Takes seconds, needs no cluster:
 
@@ -20,9 +21,9 @@ from typing import Any, NamedTuple
 
 from machine import write_result
 
-from actors.leases import Capacity, LeaseQueue, Request
-from engine.work import EXTRACT_S, OBSERVE_S, REHEARSE_S, TUNE_S, RunSize, work_left
-from ka2l.sizing import ModelNeeds, engine_shape
+from actors.workers.lease_queue import Capacity, LeaseQueue, Request
+from engine.execution.remaining import EXTRACT_S, OBSERVE_S, REHEARSE_S, TUNE_S, RunSize, work_left
+from ka2l.model.sizing import ModelNeeds, engine_shape
 
 GIB = 2**30
 #: Parameters (billions), bytes of KV cache a token and attention heads, by the published configs.
@@ -41,7 +42,7 @@ MODELS = {
 DATA = {"small": 5_000, "medium": 20_000, "large": 80_000}
 SEEDS = (0, 1, 2)
 ROUNDS = 3
-#: Seconds of an engine's start, assumed. What work takes is assumed in `engine.work`.
+#: Seconds of an engine's start, assumed. What work takes is assumed in `engine.execution.remaining`.
 START_S = 60.0
 ANNOTATE_S = 120.0
 NUM_SEED, BUDGET_SHARE = 1_500, 0.05

@@ -26,11 +26,11 @@ from scipy.special import expit
 from scipy.stats import ttest_rel
 from worlds import measure_worlds
 
-from ka2l.candidates import Candidates
-from ka2l.metrics import auroc, proportion_with_ci
-from ka2l.perplexity import PerplexityScorer, question_tokens
+from ka2l.evaluation.statistics import auroc, proportion_with_ci
+from ka2l.knowledge.perplexity import PerplexityScorer, question_tokens
 from ka2l.seeds import row_seed
-from ka2l.selection import STRATEGIES, SelectionConfig, select
+from ka2l.selection.candidates import Candidates
+from ka2l.selection.strategies import STRATEGIES, SelectionConfig, select
 
 #: Shares of the candidates that are annotated.
 BUDGETS = (0.125, 0.25, 0.5)

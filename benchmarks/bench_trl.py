@@ -1,6 +1,6 @@
 """What do our SFT and DPO cost beside plain TRL?
 
-`ka2l.tuning.tune` and `ka2l.comparison.compare` beside TRL's ``SFTTrainer`` and ``DPOTrainer`` as its documentation
+`ka2l.tuning.sft.tune` and `ka2l.tuning.dpo.compare` beside TRL's ``SFTTrainer`` and ``DPOTrainer`` as its documentation
 shows them: the testbed's model, the same rows in the same order, LoRA, batch, schedule and dtype, no packing. Each side
 stays in a process of its own; they take turns, and a first round does not count. Compared are seconds a step, seconds
 from the loading of the model to the saved adapter, and the highest resident memory; equal losses show that both did the
@@ -26,13 +26,13 @@ from machine import write_result
 from sides import Side, in_turns, speed
 
 from engine.inputs import cache_dir
-from ka2l.adapter import AdapterConfig
-from ka2l.comparison import comparison_rows
-from ka2l.knowtuning import KnowTuningConfig
+from ka2l.model.adapter import AdapterConfig
 from ka2l.prompts import plain_prompt
-from ka2l.testbed import Testbed, TestbedConfig, cached_testbed
-from ka2l.tuning import training_rows
-from ka2l.tuning_config import TuningConfig
+from ka2l.testbed.build import Testbed, TestbedConfig, cached_testbed
+from ka2l.tuning.config import TuningConfig
+from ka2l.tuning.dpo import comparison_rows
+from ka2l.tuning.knowtuning import KnowTuningConfig
+from ka2l.tuning.sft import training_rows
 
 TESTBED = TestbedConfig(num_people=200, num_seed_people=80, stranger_share=0.25, partly_share=0.20)
 CONFIG = TuningConfig(

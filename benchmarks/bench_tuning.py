@@ -19,7 +19,7 @@ from lab import Lab
 from scipy.stats import ttest_rel
 from worlds import measure_worlds
 
-from ka2l.metrics import proportion_with_ci
+from ka2l.evaluation.statistics import proportion_with_ci
 from ka2l.seeds import row_seed
 
 #: Shares of the candidates that are annotated.

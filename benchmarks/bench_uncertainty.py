@@ -24,16 +24,16 @@ from lab import Lab
 from scipy.special import logit
 from worlds import WORLDS, measure_worlds
 
-from ka2l.adaptive_sampling import FIRST, WAVE, expected_entropy, is_settled
-from ka2l.evidence import combine
-from ka2l.labels import split_seed_questions
-from ka2l.metrics import auroc, auroc_with_ci
-from ka2l.p_true import SolvedExample, p_true, p_true_prompt, split_examples
-from ka2l.perplexity import PerplexityScorer
-from ka2l.probe import Probe, fit_probe
-from ka2l.records import NEXT_TOKEN
+from ka2l.evaluation.statistics import auroc, auroc_with_ci
+from ka2l.knowledge.evidence import combine
+from ka2l.knowledge.labels import split_seed_questions
+from ka2l.knowledge.p_true import SolvedExample, p_true, p_true_prompt, split_examples
+from ka2l.knowledge.perplexity import PerplexityScorer
+from ka2l.knowledge.probe import Probe, fit_probe
+from ka2l.knowledge.semantic_entropy import discrete_semantic_entropy
+from ka2l.sampling.early_stop import FIRST, WAVE, expected_entropy, is_settled
+from ka2l.schemas import NEXT_TOKEN
 from ka2l.seeds import row_seed
-from ka2l.semantic_entropy import discrete_semantic_entropy
 
 #: Answers drawn a question: the first half scores, the second half labels.
 NUM_DRAWN = 20

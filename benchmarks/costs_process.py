@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ka2l.records import KNOWLEDGE, hidden_states_schema, stored_states
+from ka2l.schemas import KNOWLEDGE, hidden_states_schema, stored_states
 
 #: Repeats of what takes less than this, seconds; the median counts.
 SHORT_S = 5.0
@@ -68,7 +68,7 @@ def size_of(*files: Path) -> int:
 
 
 def prompter_of(model: str) -> Any:
-    from ka2l.models import ModelConfig, load_tokenizer
+    from ka2l.model.loading import ModelConfig, load_tokenizer
     from ka2l.prompts import PromptConfig, Prompter
 
     tokenizer = load_tokenizer(ModelConfig(path=model))
@@ -96,7 +96,7 @@ def _ids(num_questions: int) -> list[str]:
 def sample(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """`SamplerHost` on vLLM. Floor: the tokens generated at the pace of a large batch of long answers."""
     from actors.sampler import ObservePlan, SamplerHost, VLLMSampler
-    from ka2l.sampling import SamplerConfig
+    from ka2l.sampling.sampler import SamplerConfig
 
     def config(num_samples: int) -> SamplerConfig:
         return SamplerConfig(num_samples=num_samples, max_tokens=MAX_TOKENS, max_model_len=128)
@@ -156,7 +156,7 @@ def _cluster_inputs(spec: dict[str, Any], folder: Path, point: dict[str, Any]) -
 
 def _cluster_work(files: dict[str, Path]) -> None:
     from actors.scorer import ScorerHost
-    from ka2l.equivalence import LexicalEquivalence
+    from ka2l.answers.equivalence import LexicalEquivalence
 
     host = ScorerHost(LexicalEquivalence(), answers={})
     table, _ = host.process({name: pq.read_table(file) for name, file in files.items()})
@@ -181,7 +181,8 @@ def extract(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 def _extractor(model: str, num_layers: int) -> tuple[Any, int, int]:
     """The host, and weights of its layers and of its language-model head, which reads one token a question."""
     from actors.extractor import ExtractorHost
-    from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
+    from ka2l.knowledge.extraction_config import ExtractionConfig
+    from ka2l.knowledge.hidden_states import HiddenStateExtractor
 
     config = ExtractionConfig(layers=list(range(-num_layers, 0)), batch_size=128)
     extractor = HiddenStateExtractor(model, config, dtype="float32")
@@ -198,7 +199,7 @@ def _extract_work(host: Any, questions: Path, target: Path) -> dict[str, float]:
 
 def label(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """Split, threshold and labels of seed questions. Floor: bytes at the disk's pace."""
-    from ka2l.labels import LabelsConfig, label_questions, split_seed_questions
+    from ka2l.knowledge.labels import LabelsConfig, label_questions, split_seed_questions
 
     found = []
     for point in spec["points"]:
@@ -237,7 +238,7 @@ def _states(spec: dict[str, Any], point: dict[str, Any]) -> tuple[np.ndarray, np
 
 def probe(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """`fit_probe`, 20 epochs without early stopping. Floor: 6 x weights x rows x epochs at the pace of products."""
-    from ka2l.probe import ProbeConfig, fit_probe
+    from ka2l.knowledge.probe import ProbeConfig, fit_probe
 
     config = ProbeConfig(num_epochs=20, patience=20)
     found = []
@@ -256,7 +257,7 @@ def knowledge(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """States read, P(unknown) and principal components written. Floor: bytes at the disk's pace."""
     from scipy.special import expit
 
-    from ka2l.probe import ProbeConfig, fit_probe
+    from ka2l.knowledge.probe import ProbeConfig, fit_probe
 
     found = []
     for point in spec["points"]:
@@ -293,8 +294,8 @@ def knowledge(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 def select(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """The strategy ``probe``, an eighth of the pool. Floor: bytes at the disk's pace."""
-    from ka2l.selection import Candidates, SelectionConfig, Shortlist
-    from ka2l.selection import select as choose
+    from ka2l.selection.strategies import Candidates, SelectionConfig, Shortlist
+    from ka2l.selection.strategies import select as choose
 
     found = []
     for point in spec["points"]:
@@ -321,14 +322,14 @@ def select(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def tune(spec: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """`ka2l.tuning.tune`, LoRA of rank 16, one row a question, one epoch, float32.
+    """`ka2l.tuning.sft.tune`, LoRA of rank 16, one row a question, one epoch, float32.
 
     Floor: 4 x weights x tokens at the pace of products: the frozen weights need no gradient of their own. Weights here
     are the layers' and the output layer's.
     """
-    from ka2l.adapter import AdapterConfig, load_model
-    from ka2l.tuning import TuningConfig, training_rows
-    from ka2l.tuning import tune as train
+    from ka2l.model.adapter import AdapterConfig, load_model
+    from ka2l.tuning.sft import TuningConfig, training_rows
+    from ka2l.tuning.sft import tune as train
 
     config = TuningConfig(
         adapter=AdapterConfig(r=16),

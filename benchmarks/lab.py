@@ -23,27 +23,27 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.config import load_config
 from engine.inputs import cache_dir
-from ka2l.clustering import cluster_answers
-from ka2l.equivalence import LexicalEquivalence
-from ka2l.evidence import combine
-from ka2l.grading import grade_answers
-from ka2l.hidden_states import Extracted, HiddenStateExtractor
-from ka2l.labels import Labels, label_questions, split_seed_questions
-from ka2l.models import ModelConfig, load_tokenizer
-from ka2l.probe import Probe, fit_probe
-from ka2l.prompts import Prompter
-from ka2l.sampling import Generation, Request, TransformersSampler
-from ka2l.seeds import row_seed
-from ka2l.semantic_entropy import (
+from ka2l.answers.clustering import cluster_answers
+from ka2l.answers.equivalence import LexicalEquivalence
+from ka2l.answers.grading import grade_answers
+from ka2l.knowledge.evidence import combine
+from ka2l.knowledge.hidden_states import Extracted, HiddenStateExtractor
+from ka2l.knowledge.labels import Labels, label_questions, split_seed_questions
+from ka2l.knowledge.probe import Probe, fit_probe
+from ka2l.knowledge.semantic_entropy import (
     disagreement,
     discrete_semantic_entropy,
     mean_token_log_likelihood,
     predictive_entropy,
     weighted_semantic_entropy,
 )
-from ka2l.testbed import cached_testbed
-from ka2l.tuning import training_rows, tune
-from ka2l.tuning_config import TuningConfig
+from ka2l.model.loading import ModelConfig, load_tokenizer
+from ka2l.prompts import Prompter
+from ka2l.sampling.sampler import Generation, Request, TransformersSampler
+from ka2l.seeds import row_seed
+from ka2l.testbed.build import cached_testbed
+from ka2l.tuning.config import TuningConfig
+from ka2l.tuning.sft import training_rows, tune
 
 
 class Observed(NamedTuple):

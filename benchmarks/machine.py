@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from engine.artifacts import git_revision, json_safe, versions
+from engine.store.manifest import git_revision, versions
+from ka2l.evaluation.statistics import json_safe
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"

@@ -42,7 +42,7 @@ def load_settings(spec: dict[str, Any]) -> RunConfig:
 
 def read_prompts(spec: dict[str, Any], config: RunConfig) -> list[tuple[str, str, list[int]]]:
     """(question id, split, prompt tokens) of the pool's rows."""
-    from ka2l.models import load_tokenizer
+    from ka2l.model.loading import load_tokenizer
     from ka2l.prompts import Prompter
 
     prompter = Prompter(load_tokenizer(config.model), config.prompt)
@@ -62,10 +62,10 @@ def run_engine(spec: dict[str, Any], started: float) -> dict[str, Any]:
     from rich.console import Console
 
     from engine import stages
-    from engine.artifacts import RunDirectory
-    from engine.campaign import Campaign
-    from engine.cluster import RaySession
-    from engine.events import Events
+    from engine.execution.campaign import Campaign
+    from engine.execution.cluster import RaySession
+    from engine.store.events import Events
+    from engine.store.run_directory import RunDirectory
 
     config = load_settings(spec)
     target = RunDirectory(spec["run_dir"])

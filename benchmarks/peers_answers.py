@@ -10,12 +10,12 @@ import random
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ka2l.equivalence import Equivalence, NLIEquivalence
-from ka2l.metrics import exact_match
+from ka2l.answers.equivalence import Equivalence, NLIEquivalence
+from ka2l.evaluation.statistics import exact_match
 from ka2l.prompts import PromptConfig, Prompter
-from ka2l.sampling import Request, SamplerConfig, TransformersSampler
+from ka2l.sampling.sampler import Request, SamplerConfig, TransformersSampler
 from ka2l.seeds import row_seed
-from ka2l.testbed import Testbed
+from ka2l.testbed.build import Testbed
 
 Verdicts = dict[str, dict[str, bool]]
 
@@ -68,7 +68,7 @@ class Given:
         self.verdicts = verdicts
 
     def equivalent(self, questions: Sequence[str], left: Sequence[str], right: Sequence[str]) -> list[bool]:
-        """See `ka2l.equivalence.Equivalence`."""
+        """See `ka2l.answers.equivalence.Equivalence`."""
         pairs = [(f"{q} {a}", f"{q} {b}") for q, a, b in zip(questions, left, right, strict=True)]
         return [self.verdicts[a][b] and self.verdicts[b][a] for a, b in pairs]
 

@@ -83,7 +83,7 @@ class SyntheticHost:
         self.log = log
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, dict[str, float]]:
-        from ka2l.records import hidden_states_schema
+        from ka2l.schemas import hidden_states_schema
 
         questions = tables["questions"]
         numbers = numbers_of(questions["question_id"])
@@ -106,9 +106,9 @@ def note(path: str | None, line: str) -> None:
 def clusters(campaign: Any) -> None:
     """What observing and clustering would have said of seed and eval questions."""
     from engine import stages
-    from engine.artifacts import shard_name, write_shard
-    from engine.stage_kind import Work
-    from ka2l.records import CLUSTERS
+    from engine.stages.kind import Work
+    from engine.store.shards import shard_name, write_shard
+    from ka2l.schemas import CLUSTERS
 
     questions = campaign.stage("questions")
 
@@ -163,9 +163,9 @@ def config_of(spec: Mapping[str, Any], kind: str) -> Any:
 def make_campaign(spec: Mapping[str, Any], kind: str = "probe") -> Any:
     from rich.console import Console
 
-    from engine.artifacts import RunDirectory
-    from engine.campaign import Campaign
-    from engine.events import Events
+    from engine.execution.campaign import Campaign
+    from engine.store.events import Events
+    from engine.store.run_directory import RunDirectory
 
     config, run = config_of(spec, kind), RunDirectory(spec["run_dir"])
     Path(run.path).mkdir(exist_ok=True)
@@ -202,10 +202,10 @@ def digest(campaign: Any, name: str) -> str:
 def run(spec: Mapping[str, Any]) -> dict[str, Any]:
     """All stages; those that are committed are skipped."""
     from engine import build, stages
-    from engine.cluster import RaySession
-    from engine.ledger import write_ledger
-    from engine.report import write_report
+    from engine.execution.cluster import RaySession
+    from engine.report.build import write_report
     from engine.stages import knowing
+    from engine.store.ledger import write_ledger
 
     build.extractor_host = lambda model, prompt, config, adapter: SyntheticHost(spec["log"])  # type: ignore[assignment]
     read_shard: Callable[..., pa.Table] = knowing.read_shard

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from public_procedure import ProbeRows, SwiGLUSettings, swiglu_scores, train_swiglu
 
-from ka2l.labels import fit_threshold
-from ka2l.metrics import auroc
-from ka2l.probe import ProbeConfig
-from ka2l.probe_training import Rows, standardisation, to_device, train_layers
+from ka2l.evaluation.statistics import auroc
+from ka2l.knowledge.labels import fit_threshold
+from ka2l.knowledge.probe import ProbeConfig
+from ka2l.knowledge.probe_training import Rows, standardisation, to_device, train_layers
 
 NUM_FOLDS = 5
 
@@ -35,7 +35,7 @@ Arm = Callable[[Task], np.ndarray]
 
 
 def ours(**fields: Any) -> Arm:
-    """`ka2l.probe` with these settings."""
+    """`ka2l.knowledge.probe` with these settings."""
 
     def scores(task: Task) -> np.ndarray:
         config = ProbeConfig(**fields)

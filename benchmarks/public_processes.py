@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from ka2l.clustering import ClusterResult, cluster_answers
-from ka2l.equivalence import NLIEquivalence, entail_each_other
-from ka2l.grading import grade_answers
-from ka2l.lexical import same_answer
-from ka2l.sampling import SamplerConfig
+from ka2l.answers.clustering import ClusterResult, cluster_answers
+from ka2l.answers.equivalence import NLIEquivalence, entail_each_other
+from ka2l.answers.grading import grade_answers
+from ka2l.answers.lexical import same_answer
+from ka2l.sampling.sampler import SamplerConfig
 
 
 class Clock:
@@ -71,7 +71,7 @@ def seeds(spec: dict[str, Any]) -> list[int]:
 
 def prompts_of(spec: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
     """Texts and tokens of the prompts: the testbed was trained without shots."""
-    from ka2l.models import ModelConfig, load_tokenizer
+    from ka2l.model.loading import ModelConfig, load_tokenizer
     from ka2l.prompts import PromptConfig, Prompter
 
     tokenizer = load_tokenizer(ModelConfig(path=spec["model"]))
@@ -83,11 +83,12 @@ def prompts_of(spec: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
 def run_ours(spec: dict[str, Any]) -> dict[str, Any]:
     """One vLLM session, a prefill-only forward, clusters by representatives, all layers' probes at once."""
     from actors.sampler import VLLMSampler
-    from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
-    from ka2l.labels import LabelsConfig, label_questions, split_seed_questions
-    from ka2l.probe import ProbeConfig, fit_probe
-    from ka2l.sampling import Request
-    from ka2l.semantic_entropy import disagreement, discrete_semantic_entropy
+    from ka2l.knowledge.extraction_config import ExtractionConfig
+    from ka2l.knowledge.hidden_states import HiddenStateExtractor
+    from ka2l.knowledge.labels import LabelsConfig, label_questions, split_seed_questions
+    from ka2l.knowledge.probe import ProbeConfig, fit_probe
+    from ka2l.knowledge.semantic_entropy import disagreement, discrete_semantic_entropy
+    from ka2l.sampling.sampler import Request
 
     clock, out = Clock(), Path(spec["out"])
     ids = [row["id"] for row in spec["questions"]]
@@ -149,7 +150,7 @@ def run_public(spec: dict[str, Any]) -> dict[str, Any]:
     import public_procedure as public
 
     from actors.sampler import engine_arguments, prepare_environment
-    from ka2l.semantic_entropy import discrete_semantic_entropy
+    from ka2l.knowledge.semantic_entropy import discrete_semantic_entropy
 
     clock, out = Clock(), Path(spec["out"])
     ids = [row["id"] for row in spec["questions"]]
@@ -260,10 +261,11 @@ def run_observe(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from actors.sampler import VLLMSampler
-    from ka2l.equivalence import LexicalEquivalence
-    from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
-    from ka2l.sampling import Request
-    from ka2l.semantic_entropy import discrete_semantic_entropy
+    from ka2l.answers.equivalence import LexicalEquivalence
+    from ka2l.knowledge.extraction_config import ExtractionConfig
+    from ka2l.knowledge.hidden_states import HiddenStateExtractor
+    from ka2l.knowledge.semantic_entropy import discrete_semantic_entropy
+    from ka2l.sampling.sampler import Request
 
     torch.set_num_threads(spec["threads"])
     prompts = prompts_of(spec)[1]

@@ -14,12 +14,12 @@ from typing import Any
 
 from sides import serve, timed
 
-from ka2l.adapter import load_tokenizer
-from ka2l.comparison import ComparisonRow, compare
-from ka2l.records import TrainingRow
-from ka2l.training import Schedule, trainer_arguments
-from ka2l.tuning import tune
-from ka2l.tuning_config import TuningConfig
+from ka2l.model.adapter import load_tokenizer
+from ka2l.schemas import TrainingRow
+from ka2l.tuning.config import TuningConfig
+from ka2l.tuning.dpo import ComparisonRow, compare
+from ka2l.tuning.sft import tune
+from ka2l.tuning.trainer import Schedule, trainer_arguments
 
 
 class Training:
@@ -53,7 +53,7 @@ class Training:
 
 
 class Ours(Training):
-    """`ka2l.tuning.tune` and `ka2l.comparison.compare`."""
+    """`ka2l.tuning.sft.tune` and `ka2l.tuning.dpo.compare`."""
 
     def sft(self, output: str, _: str) -> dict[str, Any]:
         """A new adapter."""

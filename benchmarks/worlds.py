@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from arms import seeded_parser
 from machine import command, latest_result, write_result
 
-from ka2l.evidence import DOUBT_WEIGHT
-from ka2l.metrics import json_safe
-from ka2l.semantic_entropy import LIKELIHOOD_DRAWS
+from ka2l.evaluation.statistics import json_safe
+from ka2l.knowledge.evidence import DOUBT_WEIGHT
+from ka2l.knowledge.semantic_entropy import LIKELIHOOD_DRAWS
 
 if TYPE_CHECKING:
     from lab import Lab

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from actors.faults import FaultsConfig
-from ka2l.annotation import Annotator, AnnotatorConfig, ReferenceAnnotator
-from ka2l.equivalence import EmbeddingEquivalence, Equivalence, EquivalenceConfig, LexicalEquivalence, NLIEquivalence
+from ka2l.annotation.annotator import AnnotatorConfig
+from ka2l.answers.equivalence import (
+    EmbeddingEquivalence,
+    Equivalence,
+    EquivalenceConfig,
+    LexicalEquivalence,
+    NLIEquivalence,
+)
 from ka2l.errors import ConfigError
-from ka2l.hidden_states import ExtractionConfig
-from ka2l.models import ModelConfig, load_tokenizer, model_name
+from ka2l.knowledge.extraction_config import ExtractionConfig
+from ka2l.model.loading import ModelConfig, load_tokenizer, model_name
 from ka2l.prompts import PromptConfig, Prompter
-from ka2l.sampling import Sampler, SamplerConfig, TransformersSampler
-from ka2l.selection import STRATEGIES, SelectionConfig, Strategy
+from ka2l.sampling.sampler import Sampler, SamplerConfig, TransformersSampler
+from ka2l.selection.strategies import STRATEGIES, SelectionConfig, Strategy
 
 if TYPE_CHECKING:
     from actors.extractor import ExtractorHost, PerplexityHost, QuestionPerplexityHost
-    from actors.metrics import Tags
-    from actors.placement import Placement
-    from actors.pool import HostPool
     from actors.sampler import ObservePlan, SamplerHost
     from actors.scorer import ScorerHost
-    from actors.shared import EquivalenceHost
     from actors.teacher import TeacherHost
-    from engine.artifacts import RunDirectory
-    from engine.config import RunConfig
-    from ka2l.annotation_human import Task
-    from ka2l.answer_judge import AnswerJudge
-    from ka2l.knowledge_writer import KnowledgeWriter
-    from ka2l.perplexity import PerplexityScorer
+    from actors.workers.shared import EquivalenceHost
+    from ka2l.knowledge.perplexity import PerplexityScorer
 
 
 def plugin(kind: str) -> Any:
@@ -95,7 +92,7 @@ def extractor_host(
     """What the extract stage runs."""
     from actors.extractor import ExtractorHost
     from actors.host import set_num_threads
-    from ka2l.hidden_states import HiddenStateExtractor
+    from ka2l.knowledge.hidden_states import HiddenStateExtractor
 
     set_num_threads(config.cpus_per_replica)
     extractor = HiddenStateExtractor(
@@ -129,7 +126,7 @@ def question_perplexity_host(
 
 def _perplexity_scorer(model: ModelConfig, config: ExtractionConfig, adapter: str | None) -> PerplexityScorer:
     from actors.host import set_num_threads
-    from ka2l.perplexity import PerplexityScorer
+    from ka2l.knowledge.perplexity import PerplexityScorer
 
     set_num_threads(config.cpus_per_replica)
     return PerplexityScorer(
@@ -165,7 +162,7 @@ def equivalence(config: EquivalenceConfig) -> Equivalence:
 def judge(config: EquivalenceConfig) -> Equivalence:
     """An LLM as judge: an OpenAI-compatible endpoint where one is given, else a local vLLM model."""
     from actors.scorer import EndpointJudge, SamplerJudge
-    from ka2l.equivalence import JudgeEquivalence
+    from ka2l.answers.equivalence import JudgeEquivalence
 
     assert config.model is not None
     if config.endpoint is not None:
@@ -198,7 +195,7 @@ def feedback_host(
 
 def equivalence_host(config: EquivalenceConfig) -> EquivalenceHost:
     """What runs share that compare answers with the same model."""
-    from actors.shared import EquivalenceHost
+    from actors.workers.shared import EquivalenceHost
 
     return EquivalenceHost(equivalence(config))
 
@@ -207,41 +204,6 @@ def strategy(config: SelectionConfig) -> Strategy:
     """The query strategy of ``selection.kind``."""
     found: Strategy = STRATEGIES[config.kind] if config.kind in STRATEGIES else plugin(config.kind)
     return found
-
-
-def _teacher_annotator(config: AnnotatorConfig, context: AnnotationContext, *, local: bool) -> Annotator:
-    from engine.teachers import asked_teacher
-    from ka2l.annotation_teacher import TeacherAnnotator
-
-    asked = asked_teacher(config, context, local=local, batch_api=config.batch_api)
-    made = TeacherAnnotator(asked.config, asked.ask, equivalence(context.equivalence), asked.close)
-    made.batch_size = asked.batch_size
-    return made
-
-
-def knowledge_writer(config: RunConfig, context: AnnotationContext) -> KnowledgeWriter:
-    """Who takes annotated answers apart for ``tuning.kind: knowtuning``: ``tuning.knowtuning.writer``."""
-    kind = config.tuning.knowtuning.writer
-    if kind == "testbed":
-        from ka2l.testbed_lives import LifeWriter
-
-        return LifeWriter(config.testbed, config.seed)
-    from engine.teachers import asked_teacher
-    from ka2l.knowledge_writer import TeacherWriter
-
-    asked = asked_teacher(config.annotator, context, local=kind == "local_teacher")
-    made = TeacherWriter(asked.config, asked.ask, asked.close)
-    made.batch_size = asked.batch_size
-    return made
-
-
-def answer_judge(config: RunConfig, context: AnnotationContext) -> AnswerJudge:
-    """The judge of ``evaluation.facts`` and ``evaluation.pairs``: what annotator.teacher names."""
-    from engine.teachers import asked_teacher
-    from ka2l.answer_judge import AnswerJudge
-
-    asked = asked_teacher(config.annotator, context, local=config.evaluation.judge == "local_teacher")
-    return AnswerJudge(asked.config, asked.ask, asked.close)
 
 
 def teacher_host(config: AnnotatorConfig) -> TeacherHost:
@@ -254,58 +216,3 @@ def teacher_host(config: AnnotatorConfig) -> TeacherHost:
     fields = engine.model_dump(exclude={"dtype", "trust_remote_code"})
     made = sampler(model, SamplerConfig(**fields, max_tokens=config.teacher.max_tokens, stop=()))
     return TeacherHost(made, load_tokenizer(model), model_name(path))
-
-
-class AnnotationContext(NamedTuple):
-    """What an annotator may need of the run."""
-
-    run: RunDirectory
-    round_index: int
-    reveal: Callable[[Sequence[str]], Mapping[str, list[str]]]
-    """Looks up reference answers of question ids."""
-    reference_table: str | None
-    """File of further questions with answers."""
-    make_tasks: Callable[[Sequence[str]], list[Task]]
-    """What people are shown of question ids."""
-    equivalence: EquivalenceConfig
-    money: float | None
-    """Most that the whole run may spend on annotation."""
-    run_seed: int
-    log_path: str
-    """Where the annotator's workers write their chatter."""
-    placement: Placement
-    """Of the annotator's workers."""
-    faults: FaultsConfig
-    tags: Tags | None = None
-    """Of their metrics."""
-    shared_teacher: HostPool | None = None
-    """Of a benchmark's cells: a local teacher's workers, which others ask, too."""
-
-
-def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
-    """The annotator of ``annotator.kind``."""
-    match config.kind:
-        case "reference":
-            from ka2l.reference_table import read_reference_table
-
-            table = None
-            if context.reference_table is not None:
-                table = read_reference_table(context.reference_table, config.reference_similarity)
-            return ReferenceAnnotator(context.reveal, table)
-        case "teacher":
-            return _teacher_annotator(config, context, local=False)
-        case "local_teacher":
-            return _teacher_annotator(config, context, local=True)
-        case "human":
-            from engine.human import HumanAnnotator
-
-            return HumanAnnotator(
-                context.run,
-                context.round_index,
-                config.task_format,
-                context.make_tasks,
-                equivalence(context.equivalence),
-            )
-        case kind:
-            made: Annotator = plugin(kind)(config)
-            return made

@@ -7,30 +7,31 @@ import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from actors.faults import FaultsConfig
-from engine.prices import PricesConfig
-from engine.trackers import TrackerName
-from ka2l.annotation import AnnotatorConfig
-from ka2l.decoder_config import DecoderConfig
-from ka2l.equivalence import EquivalenceConfig
+from actors.workers.faults import FaultsConfig
+from engine.forecast.prices import PricesConfig
+from ka2l.annotation.annotator import AnnotatorConfig
+from ka2l.answers.equivalence import EquivalenceConfig
+from ka2l.decoder.config import DecoderConfig
 from ka2l.errors import ConfigError
-from ka2l.evaluation import EvaluationConfig
-from ka2l.hidden_states import ExtractionConfig
-from ka2l.labels import LabelsConfig
-from ka2l.models import ModelConfig
-from ka2l.pool import PoolConfig
-from ka2l.probe import ProbeConfig
+from ka2l.evaluation.config import EvaluationConfig
+from ka2l.knowledge.extraction_config import ExtractionConfig
+from ka2l.knowledge.labels import LabelsConfig
+from ka2l.knowledge.probe import ProbeConfig
+from ka2l.model.loading import ModelConfig
+from ka2l.pool.config import PoolConfig
 from ka2l.prompts import PromptConfig
-from ka2l.sampling import SamplerConfig
+from ka2l.sampling.sampler import SamplerConfig
 from ka2l.section import Section
-from ka2l.selection import SelectionConfig
-from ka2l.testbed import TestbedConfig
-from ka2l.tuning import TuningConfig
+from ka2l.selection.strategies import SelectionConfig
+from ka2l.testbed.build import TestbedConfig
+from ka2l.tuning.sft import TuningConfig
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class BudgetConfig(Section):

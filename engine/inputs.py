@@ -1,4 +1,4 @@
-"""The model and the pool of a run: checked before anything expensive begins, a testbed built where it is asked for."""
+"""Checks a run's model and pool before anything expensive begins, and builds a testbed where one is named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.cluster import cluster_address
+from engine.execution.cluster import cluster_address
 from engine.progress import Progress
 from ka2l.errors import BudgetError, ModelError, PoolError, first_line
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from engine.config import RunConfig
-    from ka2l.models import ModelConfig
-    from ka2l.testbed import Testbed, TestbedConfig
+    from ka2l.model.loading import ModelConfig
+    from ka2l.testbed.build import Testbed, TestbedConfig
 
 TESTBED = "testbed"
 #: Rows of the pool that are looked at before the run begins.
@@ -69,7 +69,7 @@ def resolve(config: RunConfig, console: Console) -> Inputs:
 def testbed_in_cache(settings: TestbedConfig, console: Console) -> Testbed:
     """The testbed of these settings: shipped with the package, in the user's cache, or built there with its progress
     shown."""
-    from ka2l.testbed import cached_testbed
+    from ka2l.testbed.build import cached_testbed
 
     with TestbedProgress(console) as progress:
         return cached_testbed(settings, cache_dir() / "testbeds", progress)
@@ -112,9 +112,9 @@ class TestbedProgress:
 
 
 def _check_settings(config: RunConfig) -> None:
-    from engine.trackers import check_trackers
-    from ka2l.models import check_model_directory
-    from ka2l.training import check_tuning
+    from engine.execution.trackers import check_trackers
+    from ka2l.model.loading import check_model_directory
+    from ka2l.tuning.trainer import check_tuning
 
     cluster_address(config.ray)
     if config.trackers:
@@ -126,12 +126,12 @@ def _check_settings(config: RunConfig) -> None:
 
 def _check_model(config: RunConfig, model: ModelConfig, *, resumed: bool) -> None:
     """The model's folder is whole, and the adapter can be put on it. A hub id is looked up when it is loaded."""
-    from ka2l.models import check_model_directory, is_directory
+    from ka2l.model.loading import check_model_directory, is_directory
 
     check_model_directory(model.path)
     if resumed or not is_directory(model.path):
         return  # importing peft takes seconds, and whoever began the run has checked the adapter
-    from ka2l.adapter import check_adapter
+    from ka2l.model.adapter import check_adapter
 
     try:
         check_adapter(model.path, config.tuning.adapter, model.trust_remote_code)
@@ -147,8 +147,9 @@ def _check_pool(config: RunConfig) -> bool:
     Returns:
         Whether there may be usable rows. Where none of the first ones is, reading the pool tells why, row by row.
     """
-    from ka2l.pool import ColumnsConfig, Rejected, clean_row
-    from ka2l.pool_sources import find_pieces, is_dataset, read_piece
+    from ka2l.pool.config import ColumnsConfig
+    from ka2l.pool.rows import Rejected, clean_row
+    from ka2l.pool.sources import find_pieces, is_dataset, read_piece
 
     pool = config.pool
     if pool.path == TESTBED or is_dataset(pool.path):
@@ -174,7 +175,7 @@ def _is_of_format(reason: str) -> bool:
 
 def _check_budget(config: RunConfig) -> None:
     """The pool may hold as many candidates as will be annotated. Which rows are usable is known once it is read."""
-    from ka2l.pool_sources import count_rows, is_dataset
+    from ka2l.pool.sources import count_rows, is_dataset
 
     pool, wanted = config.pool, config.annotation_cap
     if is_dataset(pool.path):
@@ -199,8 +200,8 @@ def _check_budget(config: RunConfig) -> None:
 
 
 def _testbed_candidates(settings: TestbedConfig) -> int:
-    from ka2l.testbed import build_world
-    from ka2l.testbed_world import pool_rows
+    from ka2l.testbed.build import build_world
+    from ka2l.testbed.world import pool_rows
 
     rows = pool_rows(build_world(settings).facts, settings.seed, settings.outside_share)
     return sum(row["split"] == "candidate" for row in rows)

@@ -1,4 +1,4 @@
-"""A run from its config to its end: checked, begun or gone on with, executed, and what is said of it."""
+"""Starts or resumes a run: checks its config, executes it, prints its summary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from engine.cluster import RaySession
+from engine.execution.cluster import RaySession
 from engine.inputs import prepare, resolve
 from ka2l.errors import (
     AnnotationsPending,
@@ -23,9 +23,9 @@ from ka2l.errors import (
 )
 
 if TYPE_CHECKING:
-    from engine.artifacts import RunDirectory
-    from engine.campaign import Campaign
     from engine.config import RunConfig
+    from engine.execution.campaign import Campaign
+    from engine.store.run_directory import RunDirectory
 
 console = Console(stderr=True)
 
@@ -39,8 +39,8 @@ def begin(
         only_probe: map what the model knows; nothing is annotated or tuned.
         may_go_on: go on with a run that is there already, in place of refusing it.
     """
-    from engine.artifacts import RunDirectory
     from engine.config import dump_config, load_config
+    from engine.store.run_directory import RunDirectory
 
     config = load_config(source, overrides or ())
     if only_probe:
@@ -82,10 +82,10 @@ def _refuse_old_run(target: RunDirectory) -> None:
 
 def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> None:
     from engine import loop
-    from engine.benchmark import LEASES_VARIABLE, leases_from
-    from engine.campaign import Campaign
-    from engine.events import Events
-    from engine.trackers import open_trackers
+    from engine.execution.campaign import Campaign
+    from engine.execution.sharing import LEASES_VARIABLE, leases_from
+    from engine.execution.trackers import open_trackers
+    from engine.store.events import Events
 
     model, pool_path = resolve(config, console)
     events = Events(target, console)
@@ -119,8 +119,8 @@ def _execute(target: RunDirectory, config: RunConfig, *, only_probe: bool) -> No
 
 
 def _note_failure(campaign: Campaign) -> None:
-    from engine.ledger import write_ledger
-    from engine.report import write_report
+    from engine.report.build import write_report
+    from engine.store.ledger import write_ledger
 
     try:
         write_report(campaign.run, "failed")

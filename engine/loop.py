@@ -12,13 +12,13 @@ running a killed one goes on where it stopped. Where the cap on hours is near, a
 from __future__ import annotations
 
 from engine import stages
-from engine.campaign import Campaign
-from engine.ledger import write_ledger
-from engine.report import write_report
-from engine.stage_kind import StageKind
+from engine.execution.campaign import Campaign
+from engine.report.build import write_report
 from engine.stages.fitting import check_tables
+from engine.stages.kind import StageKind
 from engine.stages.pool import check_budget
 from engine.stopping import enough, money_reason, nothing_learnt, used_up
+from engine.store.ledger import write_ledger
 
 
 def run(campaign: Campaign) -> None:

@@ -1,11 +1,11 @@
-"""When a run has reached its end: caps that are used up, and the rules of the config's section ``stopping``."""
+"""Decides whether a run goes on: its caps, and the rules of the section ``stopping``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 def used_up(campaign: Campaign, round_index: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Row seeds: what a row's random numbers derive from. Placement never enters."""
+"""Seeds of each row's random numbers. They do not depend on which worker makes the row."""
 
 from __future__ import annotations
 

@@ -81,9 +81,9 @@ def annotation(module: Any) -> None:
 
 
 PATCHES: dict[str, Callable[[Any], None]] = {
-    "engine.storage": storage,
-    "engine.jobs": jobs,
-    "ka2l.annotation": annotation,
+    "engine.store.storage": storage,
+    "engine.execution.jobs": jobs,
+    "ka2l.annotation.annotator": annotation,
 }
 
 

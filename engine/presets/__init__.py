@@ -1,0 +1,1 @@
+"""Configs that run by name: ``ka2l run NAME``."""

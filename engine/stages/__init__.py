@@ -1,12 +1,28 @@
-"""The stages, in the order of the loop. Each module declares its stages; these tuples are all that says their order."""
+"""The stages of a run, in the order of the loop.
+
+Each module declares its stages with `kind.declare`; the tuples below are all that says their order.
+
+kind.py        the declaration of a stage
+tables.py      what several stages read and write
+pool.py        pool: questions and references
+observing.py   observe, cluster, extract, perplexity
+knowing.py     label, probe, feedback, knowledge
+judging.py     the second axis of knowledge: sure and wrong
+evaluating.py  evaluate: wording, facts, calibration
+choosing.py    select, annotate
+fitting.py     corpus, corpus_states, decoder
+decoding.py    decode
+augmenting.py  facts, difficulty, augment: KnowTuning's training sets
+tuning.py      tune, compare
+"""
 
 from engine.config import RunConfig
-from engine.stage_kind import PURPOSES, Purpose, Room, StageKind
 from engine.stages.augmenting import augment, difficulty, facts
 from engine.stages.choosing import annotate, select
 from engine.stages.decoding import decode
 from engine.stages.evaluating import evaluate
 from engine.stages.fitting import corpus, corpus_states, decoder
+from engine.stages.kind import PURPOSES, Purpose, Room, StageKind
 from engine.stages.knowing import feedback, knowledge, label, probe
 from engine.stages.observing import cluster, extract, observe, perplexity
 from engine.stages.pool import pool

@@ -1,4 +1,4 @@
-"""KnowTuning's training sets: annotated answers taken apart, the hardest facts found, better and worse answers made."""
+"""Makes KnowTuning's training sets: facts of annotated answers, the hardest of them, better and worse answers."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.jobs import ShardInput
-from engine.shard_run import run_host
-from engine.stage_kind import Outcome, Work, declare, replicas
+from engine.annotation import annotators
+from engine.execution.jobs import ShardInput
+from engine.execution.shard_run import run_host
 from engine.stages.choosing import annotation_context, asking_room, batch_size, teacher_fields, teacher_workers
+from engine.stages.kind import Outcome, Work, declare, replicas
 from engine.stages.tables import adapter_input, among, by_id, num_rows
-from ka2l.knowledge_writer import KnowledgeWriter
-from ka2l.knowtuning import KnownFacts, count_refusals, extract_facts
-from ka2l.knowtuning import augment as augment_answers
-from ka2l.records import FACTS, PAIRS
-from ka2l.teacher_reply import Usage
+from engine.store.shards import read_shard, shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.schemas import FACTS, PAIRS
+from ka2l.teacher.reply import Usage
+from ka2l.tuning.knowledge_writer import KnowledgeWriter
+from ka2l.tuning.knowtuning import KnownFacts, count_refusals, extract_facts
+from ka2l.tuning.knowtuning import augment as augment_answers
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 Row = Mapping[str, Any]
 #: From a batch of rows to what is made of them, and (question id, part, reason) of what could not be made.
@@ -137,7 +139,9 @@ def _writer(campaign: Campaign, stage: Stage) -> Iterator[KnowledgeWriter]:
     local = campaign.config.tuning.knowtuning.writer == "local_teacher"
     with contextlib.ExitStack() as ended:
         placement = ended.enter_context(teacher_workers(campaign, local=local))
-        writer = build.knowledge_writer(campaign.config, annotation_context(campaign, stage.round_index, {}, placement))
+        writer = annotators.knowledge_writer(
+            campaign.config, annotation_context(campaign, stage.round_index, {}, placement)
+        )
         ended.callback(getattr(writer, "close", lambda: None))
         yield writer
 

@@ -1,4 +1,4 @@
-"""What is asked, and who answers."""
+"""Selects questions and annotates them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actors.placement import Placement
+from actors.workers.placement import Placement
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.sharing import shared_teacher
-from engine.stage_kind import Outcome, Room, Work, declare, one_cpu, replicas
+from engine.annotation import annotators
+from engine.annotation.context import AnnotationContext
+from engine.execution.sharing import shared_teacher
+from engine.stages.kind import Outcome, Room, Work, declare, one_cpu, replicas
 from engine.stages.tables import among, asked_ids, by_id, kept_questions, make_table, num_rows, states_of
-from ka2l.annotation import Annotator, AnnotatorConfig
-from ka2l.annotation_human import Task
-from ka2l.models import model_name
-from ka2l.pool_sources import content_identity
-from ka2l.records import ANNOTATIONS, SELECTION
+from engine.store.shards import read_shard, shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.annotation.annotator import Annotator, AnnotatorConfig
+from ka2l.annotation.people import Task
+from ka2l.model.loading import model_name
+from ka2l.pool.sources import content_identity
+from ka2l.schemas import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
-from ka2l.selection import Candidates, Shortlist, explored_share
-from ka2l.selection import select as select_candidates
-from ka2l.teacher_reply import Usage
+from ka2l.selection.strategies import Candidates, Shortlist, explored_share
+from ka2l.selection.strategies import select as select_candidates
+from ka2l.teacher.reply import Usage
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
     from engine.config import RunConfig
+    from engine.execution.campaign import Campaign
 
 #: selection.kind -> the stage and column that hold what candidates are ranked by, and its name in Candidates.
 _MEASURED = {
@@ -148,7 +151,7 @@ def annotate(campaign: Campaign, round_index: int) -> Work:
             local = campaign.config.annotator.kind == "local_teacher"
             placement = ended.enter_context(teacher_workers(campaign, local=local))
             context = annotation_context(campaign, round_index, text_of, placement)
-            annotator = build.annotator(campaign.config.annotator, context)
+            annotator = annotators.annotator(campaign.config.annotator, context)
             # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
             ended.callback(getattr(annotator, "close", lambda: None))
             size = batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
@@ -233,7 +236,7 @@ def teacher_fields(config: AnnotatorConfig) -> dict[str, Any]:
 
 def annotation_context(
     campaign: Campaign, round_index: int, text_of: Mapping[str, str], placement: Placement
-) -> build.AnnotationContext:
+) -> AnnotationContext:
     """What the annotator of a round may look at.
 
     Args:
@@ -253,7 +256,7 @@ def annotation_context(
         return _tasks(campaign, round_index, {question_id: text_of[question_id] for question_id in ids})
 
     config = campaign.config
-    return build.AnnotationContext(
+    return AnnotationContext(
         campaign.run,
         round_index,
         reveal,

@@ -1,4 +1,4 @@
-"""From hidden states of unknown questions to new questions, through the gates."""
+"""Decodes hidden states of unknown questions into new questions, and gates them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from actors.decoder import decode_states, extract_states
-from actors.placement import Placement
+from actors.workers.placement import Placement
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.stage_kind import Outcome, Room, Work, declare
+from engine.annotation import annotators
 from engine.stages.choosing import annotation_context, annotator_fields
 from engine.stages.fitting import one_layer, pool_keys
+from engine.stages.kind import Outcome, Room, Work, declare
 from engine.stages.tables import among, by_id, each_states, kept_questions, load_stage_probe, make_table, states_of
-from ka2l.decoding import (
+from engine.store.shards import read_shard, shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.decoder.gates import (
     GATES,
     NearestStates,
     Variant,
@@ -28,12 +30,12 @@ from ka2l.decoding import (
     make_variants,
     needs_mark,
 )
-from ka2l.pool import question_key
-from ka2l.records import DECODED, stored_next_token, stored_states
+from ka2l.pool.rows import question_key
+from ka2l.schemas import DECODED, stored_next_token, stored_states
 from ka2l.seeds import row_seed
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 _UNKNOWN = 0.5
 
@@ -201,7 +203,7 @@ def _gate_drafts(
     drafts.stop(rows, np.array([(drafts.p_unknown[row] or 0.0) >= _UNKNOWN for row in rows], dtype=bool), "known")
 
     rows = drafts.left
-    annotator = build.annotator(config.annotator, annotation_context(campaign, round_index, {}, Placement(0)))
+    annotator = annotators.annotator(config.annotator, annotation_context(campaign, round_index, {}, Placement(0)))
     can: Callable[[Mapping[str, str]], set[str]] | None = getattr(annotator, "answerable", None)
     asked = {decoded_id(drafts.questions[row]): drafts.questions[row] for row in rows}
     answerable = set(asked) if can is None else can(asked)

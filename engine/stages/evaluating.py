@@ -1,4 +1,4 @@
-"""What is measured of a model state beside accuracy: wording, facts, aspects, calibration. Nothing depends on it."""
+"""Evaluates a model state beside accuracy: wording, facts, aspects, calibration. No other stage reads it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from engine import build
-from engine.artifacts import Stage, shard_name, write_shard
-from engine.stage_kind import Outcome, Work, declare
+from engine.annotation import annotators
 from engine.stages.choosing import annotation_context, teacher_workers
+from engine.stages.kind import Outcome, Work, declare
 from engine.stages.tables import among, annotated_ids, by_id, eval_grades, facts_asked
-from ka2l.answer_facts import FactCounts, compare_facts, counts_by_testbed, counts_of, fact_metrics, win_rates
-from ka2l.answer_judge import AnswerJudge, Comparison, JudgedAnswer, JudgedPair
-from ka2l.evaluation import Confidence, agreement, confidence_figures, text_figures, text_scores
-from ka2l.knowtuning import ASPECTS, Aspect
-from ka2l.models import model_name
-from ka2l.records import EVALUATED
+from engine.store.shards import shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.evaluation.config import Confidence, agreement, confidence_figures, text_figures, text_scores
+from ka2l.evaluation.facts import FactCounts, compare_facts, counts_by_testbed, counts_of, fact_metrics, win_rates
+from ka2l.evaluation.judge import AnswerJudge, Comparison, JudgedAnswer, JudgedPair
+from ka2l.model.loading import model_name
+from ka2l.schemas import EVALUATED
 from ka2l.seeds import row_seed
-from ka2l.teacher_client import Refused
+from ka2l.teacher.structured import Refused
+from ka2l.tuning.knowtuning import ASPECTS, Aspect
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 #: Answers that the judge is asked about together.
 _JUDGED_TOGETHER = 64
@@ -134,7 +135,7 @@ def _answer_judge(campaign: Campaign, round_index: int) -> Iterator[AnswerJudge]
     config = campaign.config
     with contextlib.ExitStack() as ended:
         placement = ended.enter_context(teacher_workers(campaign, local=config.evaluation.judge == "local_teacher"))
-        judge = build.answer_judge(config, annotation_context(campaign, round_index, {}, placement))
+        judge = annotators.answer_judge(config, annotation_context(campaign, round_index, {}, placement))
         ended.callback(judge.close)
         yield judge
 

@@ -1,4 +1,4 @@
-"""The decoder: its corpus, and a fit whenever tuning has moved the states too far."""
+"""Fits the decoder on its corpus, again whenever tuning has moved the hidden states too far."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import pyarrow.compute as pc
 
 from actors.decoder import PairSource, run_decoder_training
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.jobs import ShardInput
-from engine.shard_run import run_host
-from engine.stage_kind import Outcome, Room, Work, declare, replicas
+from engine.execution.jobs import ShardInput
+from engine.execution.shard_run import run_host
+from engine.stages.kind import Outcome, Room, Work, declare, replicas
 from engine.stages.tables import adapter_input, by_id, load_stage_probe, states_of
-from ka2l.hidden_states import ExtractionConfig
-from ka2l.metrics import auroc
-from ka2l.pool import question_key
-from ka2l.pool_sources import content_identity, find_pieces, read_piece
+from engine.store.shards import read_shard, shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.evaluation.statistics import auroc
+from ka2l.knowledge.extraction_config import ExtractionConfig
+from ka2l.pool.rows import question_key
+from ka2l.pool.sources import content_identity, find_pieces, read_piece
 from ka2l.seeds import row_seed
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 _CORPUS = pa.schema(
     [pa.field(name, pa.string(), nullable=False) for name in ("question_id", "question", "split")],

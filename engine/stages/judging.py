@@ -1,4 +1,4 @@
-"""The second axis: where is the base model sure and wrong, as annotation has shown so far?"""
+"""The second axis of knowledge: P(sure and wrong), learnt from the annotations so far."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import numpy as np
 import pyarrow.compute as pc
 from scipy.special import logit
 
-from engine.artifacts import Stage, read_shard
 from engine.stages.tables import Read, among, by_id, load_stage_probe, states_of
-from ka2l.correctness import QUADRANTS, fit_correctness, quadrants
-from ka2l.evidence import combine
+from engine.store.shards import read_shard
+from engine.store.stage_folder import Stage
+from ka2l.knowledge.evidence import combine
+from ka2l.knowledge.wrongness import QUADRANTS, fit_correctness, quadrants
 from ka2l.seeds import row_seed
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 class Judged(NamedTuple):

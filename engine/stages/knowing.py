@@ -1,4 +1,4 @@
-"""From entropies and states to what the model knows: labels, probe, feedback, knowledge map."""
+"""Estimates what the model knows from entropies and hidden states: labels, probe, feedback, knowledge map."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ import pyarrow.compute as pc
 from scipy.special import expit
 
 from engine import build
-from engine.artifacts import Stage, read_shard, shard_name, write_shard
-from engine.jobs import ShardInput
-from engine.shard_run import run_host
-from engine.sharing import shared_equivalence
-from engine.stage_kind import Outcome, Room, Work, declare
+from engine.execution.jobs import ShardInput
+from engine.execution.shard_run import run_host
+from engine.execution.sharing import shared_equivalence
 from engine.stages.judging import answered_wrongly, count_revealed, own_doubts, second_axis
+from engine.stages.kind import Outcome, Room, Work, declare
 from engine.stages.tables import (
     Read,
     among,
@@ -33,16 +32,18 @@ from engine.stages.tables import (
     num_rows,
     states_of,
 )
-from ka2l.correctness import QUADRANTS
-from ka2l.evidence import combine, filled
-from ka2l.labels import label_questions, split_seed_questions
-from ka2l.metrics import auroc_with_ci
-from ka2l.probe import Probe, fit_probe
-from ka2l.records import KNOWLEDGE, LABELS, stored_next_token, stored_states
+from engine.store.shards import read_shard, shard_name, write_shard
+from engine.store.stage_folder import Stage
+from ka2l.evaluation.statistics import auroc_with_ci
+from ka2l.knowledge.evidence import combine, filled
+from ka2l.knowledge.labels import label_questions, split_seed_questions
+from ka2l.knowledge.probe import Probe, fit_probe
+from ka2l.knowledge.wrongness import QUADRANTS
+from ka2l.schemas import KNOWLEDGE, LABELS, stored_next_token, stored_states
 from ka2l.seeds import row_seed
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 @declare("probing")

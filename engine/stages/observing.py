@@ -1,4 +1,4 @@
-"""What a model state says and thinks: samples, clusters of meaning, hidden states, perplexities."""
+"""Measures a model state: sampled answers, clusters of meaning, hidden states, perplexities."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pyarrow.compute as pc
 
 from actors.sampler import ObservePlan
 from engine import build
-from engine.artifacts import Stage, read_shard
-from engine.jobs import ShardInput
-from engine.shard_run import run_host
-from engine.sharing import shared_equivalence
-from engine.stage_kind import Outcome, Room, Work, declare, replicas
+from engine.execution.jobs import ShardInput
+from engine.execution.shard_run import run_host
+from engine.execution.sharing import shared_equivalence
+from engine.stages.kind import Outcome, Room, Work, declare, replicas
 from engine.stages.tables import adapter_input, by_id, eval_grades, facts_asked, num_rows
-from ka2l.metrics import forgetting, proportion_with_ci
+from engine.store.shards import read_shard
+from engine.store.stage_folder import Stage
+from ka2l.evaluation.statistics import forgetting, proportion_with_ci
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 @declare(

@@ -1,4 +1,4 @@
-"""The pool becomes two tables: questions for everybody, references for annotator and grading alone."""
+"""Writes the pool as two tables: questions for every stage, references for annotator and grading alone."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from actors.pool_reader import read_pool
-from engine.artifacts import Stage, shard_name, write_shard
-from engine.stage_kind import Outcome, Work, declare
+from engine.stages.kind import Outcome, Work, declare
+from engine.store.shards import shard_name, write_shard
+from engine.store.stage_folder import Stage
 from ka2l.errors import BudgetError, PoolError
-from ka2l.pool_sources import content_identity
+from ka2l.pool.sources import content_identity
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 @declare("rest", in_rounds=False, tables=("questions", "references"))
@@ -30,7 +31,6 @@ def pool(campaign: Campaign, round_index: int) -> Work:
 
     def read(references: Stage) -> Outcome:
         questions.remove()
-        references.finished_shards()
         tables = read_pool(
             config,
             campaign.config.seed,

@@ -1,4 +1,4 @@
-"""What several stages read and write: committed tables as ids, grades and states."""
+"""Helpers that read committed tables as ids, grades and states, and write new ones."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from engine.artifacts import Stage, read_shard
-from ka2l.probe import Probe, load_probe
-from ka2l.records import DECODED, stored_layers, stored_next_token, stored_states
+from engine.store.shards import read_shard
+from engine.store.stage_folder import Stage
+from ka2l.knowledge.probe import Probe, load_probe
+from ka2l.schemas import DECODED, stored_layers, stored_next_token, stored_states
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
+    from engine.execution.campaign import Campaign
 
 
 def adapter_input(campaign: Campaign, round_index: int) -> list[Stage]:

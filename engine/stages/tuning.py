@@ -1,4 +1,4 @@
-"""From answers to the next adapter."""
+"""Tunes the next adapter on the annotated answers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actors.trainer import Workers, run_canary, run_training, write_rows
-from engine.artifacts import Stage, read_shard
-from engine.stage_kind import Outcome, Room, Work, declare
+from actors.tuner import run_canary, run_training, write_rows
+from actors.workers.ray_task import Workers
+from engine.stages.kind import Outcome, Room, Work, declare
 from engine.stages.tables import adapter_input, among, by_id, first_questions
-from ka2l.adapter import MERGED, is_adapter
-from ka2l.canary import check_canary
-from ka2l.comparison import comparison_rows
-from ka2l.knowtuning import FINE_GRAINED
-from ka2l.models import load_tokenizer
+from engine.store.shards import read_shard
+from engine.store.stage_folder import Stage
+from ka2l.model.adapter import MERGED, is_adapter
+from ka2l.model.canary import check_canary
+from ka2l.model.loading import load_tokenizer
 from ka2l.prompts import Prompter
-from ka2l.records import HELD_OUT, TrainingRow
+from ka2l.schemas import HELD_OUT, TrainingRow
 from ka2l.seeds import row_seed
-from ka2l.tuning import rehearsal_draw, rows_per_pass, training_rows
+from ka2l.tuning.dpo import comparison_rows
+from ka2l.tuning.knowtuning import FINE_GRAINED
+from ka2l.tuning.sft import rehearsal_draw, rows_per_pass, training_rows
 
 if TYPE_CHECKING:
-    from engine.campaign import Campaign
     from engine.config import RunConfig
+    from engine.execution.campaign import Campaign
 
 _CANARY_PROMPTS = 8
 #: Questions that are rehearsed at most, unless training takes more; how many were sampled is for the config to say.

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 
 from actors.extractor import ExtractorHost, QuestionPerplexityHost
-from ka2l.adapter import load_tokenizer
-from ka2l.hidden_states import ExtractionConfig, HiddenStateExtractor
-from ka2l.perplexity import PerplexityScorer, question_tokens
+from ka2l.knowledge.extraction_config import ExtractionConfig
+from ka2l.knowledge.hidden_states import HiddenStateExtractor
+from ka2l.knowledge.perplexity import PerplexityScorer, question_tokens
+from ka2l.model.adapter import load_tokenizer
 from ka2l.prompts import PromptConfig, Prompter
-from ka2l.records import PERPLEXITY, stored_layers, stored_next_token, stored_states
+from ka2l.schemas import PERPLEXITY, stored_layers, stored_next_token, stored_states
 
 LONG = "Which of all these rivers, lakes, seas and oceans is the deepest of them all, and where does it end?"
 QUESTIONS = pa.table(

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from actors import leases, metrics
-from actors.leases import Capacity, LeaseHost, Request
+from actors import metrics
 from actors.metrics import METRICS, Tags
+from actors.workers import leases
+from actors.workers.lease_queue import Capacity, Request
+from actors.workers.leases import LeaseHost
 
 TAGS = Tags("mine", "a-cell", "1", "observe")
 

@@ -21,12 +21,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from actors.sampler import ObservePlan, SamplerHost
-from ka2l.adapter import load_adapter
-from ka2l.adaptive_sampling import FIRST
-from ka2l.models import ModelConfig, load_causal_lm, load_tokenizer
+from ka2l.model.adapter import load_adapter
+from ka2l.model.loading import ModelConfig, load_causal_lm, load_tokenizer
 from ka2l.prompts import PromptConfig, Prompter
-from ka2l.records import SAMPLES
-from ka2l.sampling import Generation, Request, SamplerConfig, TransformersSampler, rejected
+from ka2l.sampling.early_stop import FIRST
+from ka2l.sampling.sampler import Generation, Request, SamplerConfig, TransformersSampler, rejected
+from ka2l.schemas import SAMPLES
 
 ARCHITECTURES = (
     "llama-2",

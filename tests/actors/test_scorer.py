@@ -7,9 +7,9 @@ import pyarrow as pa
 import pytest
 
 from actors.scorer import ScorerHost
-from ka2l.adaptive_sampling import expected_entropy
-from ka2l.equivalence import LexicalEquivalence
-from ka2l.records import CLUSTERS, SAMPLES
+from ka2l.answers.equivalence import LexicalEquivalence
+from ka2l.sampling.early_stop import expected_entropy
+from ka2l.schemas import CLUSTERS, SAMPLES
 
 QUESTIONS = {
     "seed-1": "Where was Ada born?",

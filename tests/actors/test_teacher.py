@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.teacher import TeacherHost
-from ka2l.models import ModelConfig, load_tokenizer
+from ka2l.model.loading import ModelConfig, load_tokenizer
 from ka2l.prompts import teacher_messages
-from ka2l.sampling import Generation, Request, rejected
-from ka2l.teacher_config import TeacherConfig
-from ka2l.teacher_local import ChatRequest
-from ka2l.teacher_reply import answer_record, parse_record
-from ka2l.teacher_request import ShortAnswer, TeacherPrompt, request_body
+from ka2l.sampling.sampler import Generation, Request, rejected
+from ka2l.teacher.config import TeacherConfig
+from ka2l.teacher.local import ChatRequest
+from ka2l.teacher.reply import answer_record, parse_record
+from ka2l.teacher.request import ShortAnswer, TeacherPrompt, request_body
 
 
 class Parrot:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.sampler import VLLMSampler
-from ka2l.sampling import Generation, Request, SamplerConfig
+from ka2l.sampling.sampler import Generation, Request, SamplerConfig
 
 
 def ask(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from public_probe import chosen, compare, difference, ours, split_by_group
 from public_procedure import ProbeRows, SwiGLUSettings, cluster_pairwise, grid_threshold, random_rows, train_swiglu
 
-from ka2l.clustering import cluster_answers
-from ka2l.labels import fit_threshold
+from ka2l.answers.clustering import cluster_answers
+from ka2l.knowledge.labels import fit_threshold
 
 
 class SameLength:

@@ -28,13 +28,14 @@ from typing import Any
 
 import pyarrow as pa
 
-import engine.cli
-import engine.jobs
-import engine.shard_run
+import engine.cli.main
+import engine.execution.jobs
+import engine.execution.shard_run
 from actors.host import Stats
-from engine.artifacts import Manifest, Stage
-from engine.events import Events
-from ka2l.annotation import Annotation, ReferenceAnnotator
+from engine.store.events import Events
+from engine.store.manifest import Manifest
+from engine.store.stage_folder import Stage
+from ka2l.annotation.annotator import Annotation, ReferenceAnnotator
 
 #: What commands import, and takes a second or more.
 IMPORTED = (
@@ -78,7 +79,7 @@ def kill_before_commit(stage: str, round_index: int | None) -> None:
     Stage.commit = commit_or_die  # type: ignore[method-assign]
 
 
-class SlowHostJob(engine.jobs.HostJob):
+class SlowHostJob(engine.execution.jobs.HostJob):
     """Leaves time to be killed between two shards. Defined in the main script, so it is pickled by value."""
 
     def run(self, name: str) -> tuple[int, Stats]:
@@ -87,7 +88,7 @@ class SlowHostJob(engine.jobs.HostJob):
         return done
 
 
-class PoisonedHostJob(engine.jobs.HostJob):
+class PoisonedHostJob(engine.execution.jobs.HostJob):
     """Fails over some questions, whatever the stage."""
 
     poison: frozenset[str] = frozenset()
@@ -116,14 +117,14 @@ def main() -> None:
         log_annotations(log)
     if poison := kill.pop("poison", ()):
         PoisonedHostJob.poison = frozenset(poison)
-        engine.shard_run.HostJob = PoisonedHostJob  # type: ignore[misc]
+        engine.execution.shard_run.HostJob = PoisonedHostJob  # type: ignore[misc]
     if kill.get("event") == "before_commit":
         kill_before_commit(kill["stage"], kill["round"])
     elif kill:
         kill_after_event(kill, kill.pop("count", 1))
     if kill.get("event") == "shard_written":
-        engine.shard_run.HostJob = SlowHostJob  # type: ignore[misc]
-    engine.cli.main()
+        engine.execution.shard_run.HostJob = SlowHostJob  # type: ignore[misc]
+    engine.cli.main.main()
 
 
 def run_forked(request: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import yaml
 
 from engine.config import RunConfig, dump_config, load_config, load_values, mask_secrets, parse_config, preset_names
 from ka2l.errors import ConfigError
-from ka2l.pool import ColumnsConfig
+from ka2l.pool.config import ColumnsConfig
 from ka2l.section import Section
 
 

@@ -14,12 +14,13 @@ from stage_making import commit_stage
 
 from actors import metrics
 from actors.metrics import Tags
-from engine.artifacts import RunDirectory, write_shard
-from engine.campaign import Campaign
 from engine.config import RunConfig
-from engine.events import Events, read_events
-from engine.jobs import HostJob, ShardInput
-from ka2l.models import ModelConfig
+from engine.execution.campaign import Campaign
+from engine.execution.jobs import HostJob, ShardInput
+from engine.store.events import Events, read_events
+from engine.store.run_directory import RunDirectory
+from engine.store.shards import write_shard
+from ka2l.model.loading import ModelConfig
 
 
 @pytest.fixture

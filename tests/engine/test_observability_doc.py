@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from actors.metrics import METRICS
-from engine.trackers import PACKAGES
+from engine.execution.trackers import PACKAGES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEXT = (REPOSITORY / "docs" / "observability.md").read_text(encoding="utf-8")

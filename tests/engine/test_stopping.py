@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from engine.artifacts import RunDirectory
-from engine.campaign import Campaign
 from engine.config import RunConfig
-from engine.events import Events
+from engine.execution.campaign import Campaign
 from engine.stopping import enough
-from ka2l.models import ModelConfig
+from engine.store.events import Events
+from engine.store.run_directory import RunDirectory
+from ka2l.model.loading import ModelConfig
 
 
 def campaign(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from engine.artifacts import RunDirectory
-from engine.ledger import committed_stages
+from engine.store.ledger import committed_stages
+from engine.store.run_directory import RunDirectory
 
 
 def check_same_tables(run: RunDirectory, reference: RunDirectory) -> list[tuple[str, int | None]]:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from engine.artifacts import Stage
-from engine.campaign import Campaign
-from engine.stage_kind import Outcome, Work
+from engine.execution.campaign import Campaign
 from engine.stages import stage_kind
+from engine.stages.kind import Outcome, Work
+from engine.store.stage_folder import Stage
 
 
 def commit_stage(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from engine.artifacts import Stage, shard_name, write_shard
-from engine.campaign import Campaign
-from engine.stage_kind import Outcome, Room, Work, declare
+from engine.execution.campaign import Campaign
+from engine.stages.kind import Outcome, Room, Work, declare
+from engine.store.shards import shard_name, write_shard
+from engine.store.stage_folder import Stage
 
 
 @declare("probing", room=lambda config: Room(2.0, 0.0))

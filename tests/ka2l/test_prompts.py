@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ka2l.models import ModelConfig, load_tokenizer
+from ka2l.model.loading import ModelConfig, load_tokenizer
 from ka2l.prompts import EXAMPLES, PromptConfig, Prompter, chat_messages, plain_prompt
 
 
