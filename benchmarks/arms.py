@@ -10,8 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-#: The quickstart as it is without a decoder: questions of the pool alone, states as the probe likes them best.
+#: The campaign that is measured: longer than the quickstart, which has to end within minutes on two cores.
+CAMPAIGN = (
+    "rounds=3",
+    "extraction.layers=[1, 2, 3]",
+    "selection.budget=200",
+    "decoder.num_corpus=20000",
+    "decoder.num_epochs=5",
+    "decoder.refit_epochs=1.5",
+    "tuning.num_epochs=17",
+)
+#: The same without a decoder: questions of the pool alone, states as the probe likes them best.
 WITHOUT_DECODER = (
+    *CAMPAIGN,
     "testbed.outside_share=0",
     "extraction.layers=all",
     "extraction.position=last_token",

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from arms import run_arm, seeded_parser
+from arms import CAMPAIGN, run_arm, seeded_parser
 from machine import write_result
 
 from engine.config import load_config
@@ -39,6 +39,7 @@ from ka2l.testbed.build import cached_testbed
 
 #: What differs from the quickstart in every arm.
 COMMON = [
+    *CAMPAIGN,
     "rounds=1",
     # The layer below the top: it tells known from unknown nearly as well, and more of what was asked is left in it.
     "extraction.layers=[3]",

@@ -1,4 +1,4 @@
-"""Does `ka2l estimate` foretell what a run takes?
+"""Does `ka2l estimate` predict what a run takes?
 
 Estimates a config, runs it, and compares stage by stage and in all: predicted / measured for tokens, forward passes,
 annotations, seconds and money, and whether the measured figure lies in the predicted interval.

@@ -98,7 +98,7 @@ ARMS = {
 
 
 def run(lab: Lab, arm: Arm) -> tuple[dict[str, Any], np.ndarray]:
-    """Rounds of one arm: what they come to, and whether each eval question is answered rightly, shape (num_eval,)."""
+    """Figures of each round of one arm, and whether each eval question is answered rightly, shape (num_eval,)."""
     ids, own = lab.ids("candidate"), lab.own_answers()
     share = BUDGET_MISLED if lab.config.testbed.wrong_share else BUDGET
     per_round = round(share * len(ids)) // arm.num_rounds

@@ -143,7 +143,7 @@ class _Watch:
         """Raise StageStalledError where there is nothing to wait for."""
         now = time.monotonic()
         if now - self._last > self._stall_s:
-            raise StageStalledError(f"its workers have made nothing for {now - self._last:,.0f} s")
+            raise StageStalledError(f"its workers have finished no shard for {now - self._last:,.0f} s")
         if self._on_wait is not None and now - self._last > (self._told + 1) * _TELL_S:
             self._told += 1
             self._on_wait(now - self._last)

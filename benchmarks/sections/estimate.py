@@ -1,4 +1,4 @@
-"""What `ka2l estimate` foretells of the quickstart."""
+"""What `ka2l estimate` predicts of the quickstart."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def compared(result: dict[str, Any], what: str) -> Section:
     timed = [row for row in result["stages"] if "seconds" in row]
     within = sum(row["seconds"]["in_interval"] for row in timed)
     headers = ["", "predicted", "interval", "measured", "predicted / measured", "in the interval"]
-    text = f"""Does `ka2l estimate` foretell what {what}
+    text = f"""Does `ka2l estimate` predict what {what}
 takes?{f" ({result['note']}.)" if result.get("note") else ""}
 
 {table(headers, rows)}

@@ -1,4 +1,4 @@
-"""What `ka2l estimate` foretells of a campaign on real facts."""
+"""What `ka2l estimate` predicts of a campaign on real facts."""
 
 from __future__ import annotations
 

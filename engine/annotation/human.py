@@ -98,7 +98,8 @@ def pending_round(run: RunDirectory) -> Path:
         if (folder / _OUR_TASKS).exists() and run.stage("annotate", index).manifest() is None:
             return folder
     raise RunDirectoryError(
-        f"{run.url} waits for no annotation", hint="A run waits where annotator.kind is human and it has been started."
+        f"{run.url} waits for no annotation",
+        hint="A run waits for people when annotator.kind is human and it has selected questions.",
     )
 
 

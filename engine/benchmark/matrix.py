@@ -106,7 +106,7 @@ def cells(config: MatrixConfig) -> list[Cell]:
     known = {name for axis in _AXES for name in getattr(config, axis)}
     if unknown := sorted(set(config.priorities) - known):
         raise ConfigError(
-            f"priorities names {', '.join(unknown)}, which is no model, data set or strategy",
+            f"priorities names {', '.join(unknown)}, which is not a model, data set or strategy",
             hint=f"There are {', '.join(sorted(known))}.",
         )
     made = list(_cells(config))

@@ -161,7 +161,7 @@ def _changed_prices(text: str, overrides: Sequence[str]) -> PricesConfig | None:
         return None
     if others := [override for override in overrides if not override.strip().startswith("prices.")]:
         raise ConfigError(
-            f"a report can change prices alone, not {others[0]!r}", hint="For example --set prices.annotation=0.4"
+            f"a report can change prices only, not {others[0]!r}", hint="For example --set prices.annotation=0.4"
         )
     try:
         values = yaml.safe_load(text)

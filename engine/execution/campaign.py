@@ -250,7 +250,7 @@ class Campaign:
             return path
         if self.config.pool.path != "testbed":
             raise ConfigError(
-                f"{path!r} as decoder.corpus or annotator.reference_table goes with pool.path testbed alone",
+                f"{path!r} as decoder.corpus or annotator.reference_table works only with pool.path testbed",
                 hint="Name a file of your own, or set decoder.kind=none.",
             )
         return str(Path(self.pool_path).parent / name)

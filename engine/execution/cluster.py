@@ -74,7 +74,7 @@ class RaySession:
             except (ray.exceptions.AuthenticationError, ConnectionError) as error:
                 # Something answers there, so it is mostly the token that is wrong.
                 raise ConfigError(
-                    f"the Ray cluster at {address} does not let this command in: {first_line(error)}",
+                    f"the Ray cluster at {address} refuses this command's connection: {first_line(error)}",
                     hint="Does it ask for a token? Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the "
                     "cluster's token (~/.ray/auth_token where it was started).",
                 ) from error

@@ -38,7 +38,7 @@ class Isolated(NamedTuple):
 
 
 class Attempts:
-    """Over which questions of a shard workers have died: kept in a file, since who knows it is dead.
+    """Over which questions of a shard workers have died: kept in a file, because the process that knew has died.
 
     Args:
         folder_url: of the stage.

@@ -148,7 +148,7 @@ class ShardRun:
         examples = "; ".join(f"{name}: {reason}" for name, reason in self.stage.failures()[:3])
         raise TooManyFailuresError(
             f"{self.stage.label}: {self.num_failed} questions failed, {allowed} may ({examples})",
-            hint="Mend the cause and make the stage again with --redo-from, or raise faults.max_failed_share.",
+            hint="Fix the cause and make the stage again with --redo-from, or raise faults.max_failed_share.",
         )
 
     def _say_lost(self, error: BaseException) -> None:

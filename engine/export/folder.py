@@ -29,7 +29,7 @@ def check_out(out: str, overwrite: bool) -> Path:
         raise RunDirectoryError(f"{folder} is not empty", hint="Choose another --out, or replace it: --overwrite.")
     if not (folder / MARK).is_file():
         raise RunDirectoryError(
-            f"{folder} holds something else than an export, which --overwrite would delete",
+            f"{folder} holds something other than an export, which --overwrite would delete",
             hint="Choose another --out, or empty it yourself.",
         )
     return folder

@@ -83,7 +83,7 @@ def export(run_dir: str, options: ExportOptions, find_model: FindModel) -> Expor
         CanaryError: merged weights that do not answer as the adapter does.
     """
     if options.public and options.push_to_hub is None:
-        raise ConfigError("--public is about --push-to-hub", hint="Give --push-to-hub ORG/NAME, too.")
+        raise ConfigError("--public applies to --push-to-hub only", hint="Give --push-to-hub ORG/NAME, too.")
     run = RunDirectory(run_dir)
     config = config_of(run)
     out = check_out(options.out or f"exports/{config.name}", options.overwrite)
@@ -115,7 +115,7 @@ def _possible(campaign: Campaign, wanted: Sequence[Format], data: AnnotatedSet, 
     if "preference" in chosen and not data.preferences:
         reason = why_no_preferences(campaign)
         if wanted:
-            raise ConfigError(f"format preference cannot be had. {reason}", hint="Leave it out.")
+            raise ConfigError(f"format preference is not available. {reason}", hint="Leave it out.")
         chosen.remove("preference")
         notes.append(f"No preference data. {reason}")
     return chosen

@@ -1,11 +1,11 @@
 """report.html and summary.json. Reads files only.
 
 build.py        makes both
-data.py         what a report shows; summary.json
+data.py         what a report shows, the columns of its cost tables (COST_ITEMS); summary.json
 collect.py      reads a run directory into it
 reader.py       reads files that may be missing or damaged
 stages.py       what config and manifests say of cost and learning curve
-spending.py     the cost table: by purpose and model state
+spending.py     what was spent, by purpose and model state
 baseline.py     other runs to compare with
 net.py          the net saving
 evaluation.py   facts, wording, calibration

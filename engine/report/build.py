@@ -74,6 +74,7 @@ def render(data: ReportData) -> str:
         charts=_charts(data) | _net_charts(result) | evaluation_charts(data),
         evaluation=evaluation_rows(data),
         headline=_headline(data),
+        cost_items=COST_ITEMS,
         rounds=[_round_row(data, item) for item in data.rounds],
         costs=_costs(data),
         num_tuned=sum("tune" in item.stages for item in data.rounds),
@@ -211,7 +212,13 @@ def _costs(data: ReportData) -> dict[str, Any]:
         for purpose, stages in folders_by_purpose().items()
         if total["seconds"] > 0
     }
-    return {"by_stage": by_stage, "by_round": [row for row in by_round if row[2]], "total": total, "shares": shares}
+    return {
+        "by_stage": by_stage,
+        "by_round": [row for row in by_round if row[2]],
+        "total": total,
+        "shares": shares,
+        "probing": folders_by_purpose()["probing"],
+    }
 
 
 def _stage_rows(stages: Iterable[tuple[str, Any]]) -> list[tuple[str, dict[str, float]]]:

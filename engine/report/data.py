@@ -17,18 +17,18 @@ from ka2l.schemas import SCHEMA_VERSION
 if TYPE_CHECKING:
     from engine.config import RunConfig
 
-#: What a stage can cost; the order is the order of the report's columns.
-COST_ITEMS = (
-    "seconds",
-    "cpu_seconds",
-    "gpu_seconds",
-    "tokens_prompt",
-    "tokens_generated",
-    "tokens_trained",
-    "forward_passes",
-    "annotations",
-    "money",
-)
+#: What a stage can cost, and the heading of its column in the report's cost tables, in their order.
+COST_ITEMS = {
+    "seconds": "time",
+    "cpu_seconds": "CPU time",
+    "gpu_seconds": "GPU time",
+    "tokens_prompt": "prompt tokens",
+    "tokens_generated": "generated tokens",
+    "tokens_trained": "trained tokens",
+    "forward_passes": "forward passes",
+    "annotations": "annotations",
+    "money": "money",
+}
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def annotated_ids(campaign: Campaign, before_round: int) -> list[str]:
 
 
 class Read(NamedTuple):
-    """What a forward pass told of some questions."""
+    """Results of the forward passes of some questions."""
 
     ids: list[str]
     states: np.ndarray

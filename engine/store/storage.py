@@ -62,7 +62,7 @@ def with_retries(work: Callable[[], _T], path: str) -> _T:
                 if pause_s is None:
                     raise StorageError(
                         f"the storage failed {len(_PAUSES_S) + 1} times over {path}: {error}",
-                        hint="What is committed is safe: go on with `ka2l resume` once the storage is well.",
+                        hint="What is committed is safe: go on with `ka2l resume` once the storage works again.",
                     ) from error
             time.sleep(pause_s * random.uniform(0.5, 1.5))
 

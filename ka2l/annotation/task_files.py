@@ -119,7 +119,7 @@ def read_tasks(path: Path) -> list[Task]:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise AnnotationError(
-                f"{path} line {line} is no task: {error}", hint="Write the task file again."
+                f"{path} line {line} is not a task: {error}", hint="Write the task file again."
             ) from error
     return tasks
 

@@ -21,7 +21,7 @@ def resolve_layers(layers: Literal["all"] | list[int], depth: int) -> list[int]:
     wrong = [layer for layer in layers if not -depth - 1 <= layer <= depth]
     if wrong:
         raise ConfigError(
-            f"extraction.layers: {wrong} are no layers of this model",
+            f"extraction.layers: {wrong} are not layers of this model",
             hint=f"It has layers 0 (embedding output) to {depth}.",
         )
     return sorted({layer % (depth + 1) for layer in layers})

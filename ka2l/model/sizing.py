@@ -68,7 +68,7 @@ def model_needs(path: str, dtype: str = "bfloat16", *, trust_remote_code: bool =
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"the size of {path} cannot be told from its config: {first_line(error)}",
+            f"the size of {path} cannot be read from its config: {first_line(error)}",
             hint="Name a directory or hub id with a config.json of a causal language model.",
         ) from error
     if dtype == "auto":

@@ -146,7 +146,7 @@ def load_dataset(path: str, hf_name: str | None = None, hf_split: str = "train")
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as err:
         detail = first_line(err)
         raise PoolError(
-            f"pool.path {path!r} is no existing path, and loading it as a Hugging Face dataset "
+            f"pool.path {path!r} is not an existing path, and loading it as a Hugging Face dataset "
             f"(hf_name={hf_name!r}, hf_split={hf_split!r}) failed: {detail}",
             hint="check the path; for a dataset check its id, pool.hf_name, pool.hf_split and the network",
         ) from err

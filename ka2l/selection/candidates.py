@@ -88,7 +88,7 @@ def finite(values: np.ndarray, question_ids: list[str]) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):
-        raise ValueError(f"the value of question {question_ids[bad[0]]!r} is {values[bad[0]]}, nothing to rank by")
+        raise ValueError(f"the value of question {question_ids[bad[0]]!r} is {values[bad[0]]}, which cannot be ranked")
     return values
 
 

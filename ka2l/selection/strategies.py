@@ -33,167 +33,7 @@ __all__ = [
 ]
 
 
-class SelectionConfig(Section):
-    """Which candidates are annotated in a round."""
-
-    KINDS: ClassVar[tuple[str, ...]] = (
-        "random",
-        "probe",
-        "known",
-        "semantic_entropy",
-        "entropy",
-        "perplexity",
-        "probe_diverse",
-        "two_axis",
-        "core_set",
-        "typi_clust",
-        "prob_cover",
-        "badge",
-    )
-    SAMPLED: ClassVar[tuple[str, ...]] = ("semantic_entropy", "entropy")
-    """Kinds that need sampled answers of all candidates."""
-    COMPARED: ClassVar[tuple[str, ...]] = ("core_set", "typi_clust", "prob_cover", "badge")
-    """Kinds that compare the hidden states of all candidates, or of a uniform draw from a large pool
-    (`ka2l.selection.diversity.MAX_COMPARED`)."""
-
-    kind: str = "two_axis"
-    """``probe`` takes what the probe and the model's own samples for rehearsal, where they are drawn, hold most likely
-    unknown. ``two_axis`` begins as ``probe``; from the second round on it takes what is most likely answered wrongly,
-    with doubt or without, as annotation has shown so far (rehearsal draws the answers that show it). ``known`` is the
-    opposite of ``probe``, and ``random`` takes any: the controls. ``semantic_entropy`` takes what the model's own
-    answers disagree about most and ``entropy`` what they are least likely of (samples of all candidates are needed);
-    ``perplexity`` the questions whose own wording the model finds hardest (a forward pass over all candidates);
-    ``probe_diverse`` spreads over the likely unknown. ``core_set``, ``typi_clust`` and ``prob_cover`` spread over the
-    hidden states of all candidates, whatever is known of them, and ``badge`` over those on which the probe is
-    undecided. ``module:function`` is a strategy of your own."""
-    budget: int = Field(150, ge=1)
-    """Questions a round."""
-    pool_factor: float = Field(3.0, ge=1)
-    """``probe_diverse`` chooses among this many times the budget of the most likely unknown, of those that are more
-    likely unknown than known where they fill the budget."""
-    explore: float = Field(0.2, ge=0, le=1)
-    """Most of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
-    learnt wrongly: as much as the rounds to come will have left over beside what looks unknown. The last round does not
-    explore."""
-
-    @property
-    def samples_candidates(self) -> bool:
-        """Whether sampled answers of all candidates are needed."""
-        return self.kind in self.SAMPLED
-
-
-Strategy = Callable[[Candidates, int, int, SelectionConfig], Selected]
-
-
-def select(candidates: Candidates, config: SelectionConfig, seed: int, strategy: Strategy | None = None) -> Selected:
-    """The ``config.budget`` candidates to annotate. The order of the candidates never matters.
-
-    Args:
-        strategy: instead of the one that ``config.kind`` names; called with (candidates, budget, seed, config).
-
-    Raises:
-        BudgetError: the budget is larger than the number of candidates.
-        ConfigError: an unknown kind, one that needs what the candidates do not have, or a ``strategy`` that chose
-            another number of questions than the budget, or one twice.
-        ValueError: a question id twice, or a value to rank by that is not finite.
-    """
-    num_candidates = len(candidates.question_ids)
-    if strategy is None and config.kind not in STRATEGIES:
-        raise ConfigError(f"selection.kind {config.kind!r} is not known", hint=f"Use one of {', '.join(STRATEGIES)}.")
-    if config.budget > num_candidates:
-        raise BudgetError(
-            f"selection.budget asks for {config.budget} questions, but {num_candidates} candidates are left",
-            hint="Lower selection.budget or rounds, or give a larger pool.",
-        )
-    if len(set(candidates.question_ids)) < num_candidates:
-        raise ValueError("a question_id occurs twice among the candidates")
-    chosen = (strategy or STRATEGIES[config.kind])(candidates, config.budget, seed, config)
-    if len(chosen.indices) != config.budget or len(set(chosen.indices)) != config.budget:
-        raise ConfigError(
-            f"selection.kind {config.kind!r} chose {len(set(chosen.indices))} questions, and not {config.budget}",
-            hint="A strategy returns as many different row numbers as its budget says.",
-        )
-    return chosen
-
-
-class Shortlist:
-    """Goes through a pool part by part and keeps the rows among which ``strategy`` would choose.
-
-    What is chosen from the rows kept is what would be chosen from all, whatever the parts and their order. A strategy
-    of your own sees all rows, so all are kept.
-
-    Args:
-        config: ``budget`` is this round's.
-        seed: of the selection.
-    """
-
-    def __init__(self, config: SelectionConfig, seed: int) -> None:
-        self._config = config
-        self._seed = seed
-        self._kept: list[Candidates] = []
-        self._num_kept = 0
-        self.num_seen = 0
-        self.num_likely = 0
-        """Of them, as of `num_likely`."""
-
-    def add(self, part: Candidates) -> None:
-        """Take in a part of the pool; parts have the same columns."""
-        if not part.question_ids:
-            return
-        self.num_seen += len(part.question_ids)
-        self.num_likely += num_likely(part)
-        self._keep(part.take(self._rows(part)))
-        if self._num_kept > 4 * self._most() + 4096:
-            self._keep_best()
-
-    def candidates(self) -> Candidates:
-        """The rows kept."""
-        if not self._kept:
-            raise ValueError("no candidate has been added")
-        self._keep_best()
-        return self._kept[0]
-
-    def _keep(self, part: Candidates) -> None:
-        self._kept.append(part)
-        self._num_kept += len(part.question_ids)
-
-    def _keep_best(self) -> None:
-        joined = join(self._kept)
-        self._kept, self._num_kept = [], 0
-        self._keep(joined.take(self._rows(joined)))
-
-    def _most(self) -> int:
-        if self._config.kind in self._config.COMPARED:
-            return num_compared(self._config.budget)
-        factor = self._config.pool_factor if self._config.kind == "probe_diverse" else 1.0
-        return round(factor * self._config.budget)
-
-    def _rows(self, part: Candidates) -> np.ndarray:
-        """Rows of a part that may be chosen: by each of the strategy's orders as many as it takes in all."""
-        import numpy as np
-
-        ids, most = part.question_ids, min(self._most(), len(part.question_ids))
-        match self._config.kind:
-            case "random":
-                keys = [tie_breakers(ids, self._seed)]
-            case kind if kind in self._config.COMPARED:  # a uniform draw
-                keys = [tie_breakers(ids, self._seed)]
-            case "known":
-                keys = [-part.score]
-            case "semantic_entropy" if part.entropy is not None:
-                keys = [part.entropy]
-            case "entropy" if part.predictive_entropy is not None:
-                keys = [part.predictive_entropy]
-            case "perplexity" if part.perplexity is not None:
-                keys = [part.perplexity]
-            case "two_axis":
-                ranked_by = part.score if part.p_wrong is None else part.p_wrong
-                keys = [ranked_by, _exploration_keys(part, self._seed)]
-            case "probe" | "probe_diverse":
-                keys = [part.score]
-            case _:
-                return np.arange(len(ids))
-        return np.unique(np.concatenate([top(key, ids, most, self._seed).indices for key in keys]))
+Strategy = Callable[[Candidates, int, int, "SelectionConfig"], Selected]
 
 
 def num_likely(candidates: Candidates) -> int:
@@ -309,3 +149,150 @@ STRATEGIES: dict[str, Strategy] = {
     "prob_cover": prob_cover,
     "badge": badge,
 }
+
+
+class SelectionConfig(Section):
+    """Which candidates are annotated in a round."""
+
+    KINDS: ClassVar[tuple[str, ...]] = tuple(STRATEGIES)
+    SAMPLED: ClassVar[tuple[str, ...]] = ("semantic_entropy", "entropy")
+    """Kinds that need sampled answers of all candidates."""
+    COMPARED: ClassVar[tuple[str, ...]] = ("core_set", "typi_clust", "prob_cover", "badge")
+    """Kinds that compare the hidden states of all candidates, or of a uniform draw from a large pool
+    (`ka2l.selection.diversity.MAX_COMPARED`)."""
+
+    kind: str = "two_axis"
+    """``probe`` takes what is most likely unknown, by the probe and, where answers were sampled, by their disagreement.
+    ``two_axis`` begins as ``probe``; from the second round on it takes what is most likely answered wrongly,
+    with doubt or without, as annotation has shown so far (rehearsal draws the answers that show it). ``known`` is the
+    opposite of ``probe``, and ``random`` takes any: the controls. ``semantic_entropy`` takes what the model's own
+    answers disagree about most and ``entropy`` what they are least likely of (samples of all candidates are needed);
+    ``perplexity`` the questions whose own wording the model finds hardest (a forward pass over all candidates);
+    ``probe_diverse`` spreads over the likely unknown. ``core_set``, ``typi_clust`` and ``prob_cover`` spread over the
+    hidden states of all candidates, whatever is known of them, and ``badge`` over those on which the probe is
+    undecided. ``module:function`` is a strategy of your own."""
+    budget: int = Field(150, ge=1)
+    """Questions a round."""
+    pool_factor: float = Field(3.0, ge=1)
+    """``probe_diverse`` chooses among this many times the budget of the most likely unknown, of those that are more
+    likely unknown than known where they fill the budget."""
+    explore: float = Field(0.2, ge=0, le=1)
+    """Most of a round's budget that ``two_axis`` draws from what looks known, since nothing else shows what has been
+    learnt wrongly: as much as the rounds to come will have left over beside what looks unknown. The last round does not
+    explore."""
+
+    @property
+    def samples_candidates(self) -> bool:
+        """Whether sampled answers of all candidates are needed."""
+        return self.kind in self.SAMPLED
+
+
+def select(candidates: Candidates, config: SelectionConfig, seed: int, strategy: Strategy | None = None) -> Selected:
+    """The ``config.budget`` candidates to annotate. The order of the candidates never matters.
+
+    Args:
+        strategy: instead of the one that ``config.kind`` names; called with (candidates, budget, seed, config).
+
+    Raises:
+        BudgetError: the budget is larger than the number of candidates.
+        ConfigError: an unknown kind, one that needs what the candidates do not have, or a ``strategy`` that chose
+            another number of questions than the budget, or one twice.
+        ValueError: a question id twice, or a value to rank by that is not finite.
+    """
+    num_candidates = len(candidates.question_ids)
+    if strategy is None and config.kind not in STRATEGIES:
+        raise ConfigError(f"selection.kind {config.kind!r} is not known", hint=f"Use one of {', '.join(STRATEGIES)}.")
+    if config.budget > num_candidates:
+        raise BudgetError(
+            f"selection.budget asks for {config.budget} questions, but {num_candidates} candidates are left",
+            hint="Lower selection.budget or rounds, or give a larger pool.",
+        )
+    if len(set(candidates.question_ids)) < num_candidates:
+        raise ValueError("a question_id occurs twice among the candidates")
+    chosen = (strategy or STRATEGIES[config.kind])(candidates, config.budget, seed, config)
+    if len(chosen.indices) != config.budget or len(set(chosen.indices)) != config.budget:
+        raise ConfigError(
+            f"selection.kind {config.kind!r} chose {len(set(chosen.indices))} questions, and not {config.budget}",
+            hint="A strategy returns as many different row numbers as its budget says.",
+        )
+    return chosen
+
+
+class Shortlist:
+    """Goes through a pool part by part and keeps the rows among which ``strategy`` would choose.
+
+    What is chosen from the rows kept is what would be chosen from all, whatever the parts and their order. A strategy
+    of your own sees all rows, so all are kept.
+
+    Args:
+        config: ``budget`` is this round's.
+        seed: of the selection.
+    """
+
+    def __init__(self, config: SelectionConfig, seed: int) -> None:
+        self._config = config
+        self._seed = seed
+        self._kept: list[Candidates] = []
+        self._num_kept = 0
+        self.num_seen = 0
+        self.num_likely = 0
+        """Of them, as of `num_likely`."""
+
+    def add(self, part: Candidates) -> None:
+        """Take in a part of the pool; parts have the same columns."""
+        if not part.question_ids:
+            return
+        self.num_seen += len(part.question_ids)
+        self.num_likely += num_likely(part)
+        self._keep(part.take(self._rows(part)))
+        if self._num_kept > 4 * self._most() + 4096:
+            self._keep_best()
+
+    def candidates(self) -> Candidates:
+        """The rows kept."""
+        if not self._kept:
+            raise ValueError("no candidate has been added")
+        self._keep_best()
+        return self._kept[0]
+
+    def _keep(self, part: Candidates) -> None:
+        self._kept.append(part)
+        self._num_kept += len(part.question_ids)
+
+    def _keep_best(self) -> None:
+        joined = join(self._kept)
+        self._kept, self._num_kept = [], 0
+        self._keep(joined.take(self._rows(joined)))
+
+    def _most(self) -> int:
+        if self._config.kind in self._config.COMPARED:
+            return num_compared(self._config.budget)
+        factor = self._config.pool_factor if self._config.kind == "probe_diverse" else 1.0
+        return round(factor * self._config.budget)
+
+    def _rows(self, part: Candidates) -> np.ndarray:
+        """Rows of a part that may be chosen: by each of the strategy's orders as many as it takes in all."""
+        import numpy as np
+
+        ids, most = part.question_ids, min(self._most(), len(part.question_ids))
+        match self._config.kind:
+            case "random":
+                keys = [tie_breakers(ids, self._seed)]
+            case kind if kind in self._config.COMPARED:  # a uniform draw
+                keys = [tie_breakers(ids, self._seed)]
+            case "known":
+                keys = [-part.score]
+            case "semantic_entropy" if part.entropy is not None:
+                keys = [part.entropy]
+            case "entropy" if part.predictive_entropy is not None:
+                keys = [part.predictive_entropy]
+            case "perplexity" if part.perplexity is not None:
+                keys = [part.perplexity]
+            case "two_axis":
+                ranked_by = part.score if part.p_wrong is None else part.p_wrong
+                keys = [ranked_by, _exploration_keys(part, self._seed)]
+            case "probe" | "probe_diverse":
+                keys = [part.score]
+            case _:
+                return np.arange(len(ids))
+        return np.unique(np.concatenate([top(key, ids, most, self._seed).indices for key in keys]))

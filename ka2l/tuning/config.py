@@ -59,7 +59,7 @@ class TuningConfig(Section):
     max_length: int = Field(512, ge=2)
     """Tokens of a prompt with its answer. Longer rows are left out and counted, never cut."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the products: ``auto`` is bfloat16 on GPUs and CPUs that multiply it themselves, float32 elsewhere."""
+    """Compute dtype: ``auto`` is bfloat16 on GPUs and CPUs that multiply it themselves, float32 elsewhere."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a quarter slower."""
     packing: bool = False

@@ -127,7 +127,7 @@ def task_result(task: Task, reply: Any) -> Any:
             return question.strip(), answer.strip()
         case Rephrase(), LongAnswer(answer=answer):
             return answer.strip()
-    raise TypeError(f"{reply!r} is no reply to {task!r}")
+    raise TypeError(f"{reply!r} is not a reply to {task!r}")
 
 
 class TeacherWriter(TeacherClient):

@@ -154,7 +154,7 @@ def test_workers_that_make_nothing_are_told_of_and_then_given_up_with_an_error_t
     # What workers take to start does not count: that is the machine's.
     monkeypatch.setattr(ray_data, "time", ClockOfLooks(tmp_path / "hangs"))
     with (
-        pytest.raises(StageStalledError, match="made nothing for") as caught,
+        pytest.raises(StageStalledError, match="finished no shard for") as caught,
         reserved(Capacity(0.5, 0.0), 1, 1, timeout_s=60.0) as placement,
     ):
         # What is told of it need not travel to workers.

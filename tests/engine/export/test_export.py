@@ -415,7 +415,7 @@ def test_an_export_is_replaced_only_when_asked_and_nothing_else_is(
     assert "is not empty" in err
     code, _, err = command(*words, "--overwrite")
     assert code == 2
-    assert "holds something else than an export" in err
+    assert "holds something other than an export" in err
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     (tmp_path / "out/thesis.tex").unlink()
     assert command(*words)[0] == 0

@@ -32,7 +32,7 @@ RATES = Rates(
 )
 COUNTS = {"seed": 400, "candidate": 1500, "eval": 1500}
 #: The quickstart with questions of its pool alone, three times 250 of them.
-PLAIN = ("decoder.kind=none", "selection.budget=250")
+PLAIN = ("rounds=3", "decoder.kind=none", "selection.budget=250")
 TEACHING = Teaching(exactly(100.0), exactly(20.0), Range(0.01, 0.005, 0.02))
 
 

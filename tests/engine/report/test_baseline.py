@@ -214,7 +214,7 @@ def test_report_prices_a_run_whose_config_is_of_another_version(mine: RunDirecto
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("selection.budget=3", "a report can change prices alone"),
+        ("selection.budget=3", "a report can change prices only"),
         ("prices.anotation=3", "did you mean 'prices.annotation'?"),
         ("prices.annotation=-1", "prices.annotation: Input should be greater than or equal to 0"),
         ("prices.cpu_hour=.inf", "prices.cpu_hour: Input should be a finite number"),

@@ -39,7 +39,7 @@ def test_a_question_that_was_not_sampled_is_ranked_by_the_probes_alone() -> None
     assert score == pytest.approx([combine(np.array([2.0]), [np.array([1.0])])[0], (2 + 0.5 + 0) / 2.5])
 
 
-def test_what_was_not_sampled_gets_the_doubt_that_its_probe_foretells_as_far_as_answers_can_show_it() -> None:
+def test_what_was_not_sampled_gets_the_doubt_that_its_probe_predicts_as_far_as_answers_can_show_it() -> None:
     least, most = logit(disagreement_bounds(10))
     found = filled(np.array([np.nan, np.nan, np.nan, -0.3]), np.array([-9.0, 0.5, 9.0, 4.0]), 10)
     assert found == pytest.approx([least, 0.5, most, -0.3])

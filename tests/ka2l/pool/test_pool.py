@@ -347,7 +347,7 @@ def test_a_dataset_that_cannot_be_loaded_is_a_pool_error_that_names_it(monkeypat
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/absent' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(PoolError, match=r"owner/absent.*no existing path.*doesn't exist"):
+    with pytest.raises(PoolError, match=r"owner/absent.*not an existing path.*doesn't exist"):
         load_dataset("owner/absent")
 
 
