@@ -1,4 +1,4 @@
-"""The quickstart from a fresh clone."""
+"""`make quickstart` in a fresh clone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pool is taken where a round decodes.
 
 {table(header, rows)}
 
-Testbed and run together took {result["wall_seconds"]} s, the run {summary["total_seconds"]:.0f} s."""
+The command took {result["wall_seconds"]} s, the run {summary["total_seconds"]:.0f} s."""
     curve = {
         "all eval questions": [(row["num_annotated"], row["accuracy"], *row["accuracy_ci"]) for row in rounds],
         **{
