@@ -243,8 +243,13 @@ def fit_probe(
     metrics = _test_metrics(chosen, unknown[rows.test], probabilities) | {"by_layer": by_layer}
     arrays = {name: value[best] for name, value in fitted.items()} | {"mean": mean[best], "scale": scale[best]}
     arrays["components"] = _principal_components((states[rows.train, best] - mean[best]) / scale[best], seed)
-    arrays = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in arrays.items()}
-    return Probe(config.kind, chosen["layer"], list(map(int, layers)), metrics, calibration, stack, arrays)
+    return Probe(config.kind, chosen["layer"], list(map(int, layers)), metrics, calibration, stack, _float32(arrays))
+
+
+def _float32(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    import numpy as np
+
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in arrays.items()}
 
 
 def _rows(states: np.ndarray, unknown: np.ndarray, split: np.ndarray, layers: Sequence[int]) -> Rows:
