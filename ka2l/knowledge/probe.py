@@ -213,8 +213,7 @@ def fit_probe(
     """
     import numpy as np
 
-    unknown = np.asarray(unknown, dtype=bool)
-    split = np.asarray(probe_split)
+    unknown, split = np.asarray(unknown, dtype=bool), np.asarray(probe_split)
     rows = _rows(states, unknown, split, layers)
     mean, scale = standardisation(states, rows.train)
     is_constant = bool(unknown[rows.train].all() or not unknown[rows.train].any())
