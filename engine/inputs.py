@@ -112,6 +112,8 @@ class TestbedProgress:
 
 
 def _check_settings(config: RunConfig) -> None:
+    from engine.annotation.annotators import annotator_class
+    from engine.build import plugin
     from engine.execution.trackers import check_trackers
     from ka2l.model.loading import check_model_directory
     from ka2l.tuning.trainer import check_tuning
@@ -122,6 +124,10 @@ def _check_settings(config: RunConfig) -> None:
     check_tuning(config.tuning)
     if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
         check_model_directory(config.annotator.teacher.model)
+    if ":" in config.annotator.kind:
+        annotator_class(config.annotator.kind)
+    if ":" in config.selection.kind:
+        plugin(config.selection.kind)
 
 
 def _check_model(config: RunConfig, model: ModelConfig, *, resumed: bool) -> None:

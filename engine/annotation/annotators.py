@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engine import build
 from engine.annotation.context import AnnotationContext
 from engine.annotation.teachers import asked_teacher
 from ka2l.annotation.annotator import Annotator, AnnotatorConfig, ReferenceAnnotator
+from ka2l.errors import ConfigError
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
@@ -72,5 +74,20 @@ def annotator(config: AnnotatorConfig, context: AnnotationContext) -> Annotator:
                 build.equivalence(context.equivalence),
             )
         case kind:
-            made: Annotator = build.plugin(kind)(config)
-            return made
+            return annotator_class(kind)(config)
+
+
+def annotator_class(kind: str) -> Callable[[AnnotatorConfig], Annotator]:
+    """The annotator that ``annotator.kind: module:Class`` names.
+
+    Raises:
+        ConfigError: it cannot be imported, or is not a subclass of `ka2l.annotation.annotator.Annotator`.
+    """
+    found = build.plugin(kind)
+    if not (isinstance(found, type) and issubclass(found, Annotator)):
+        raise ConfigError(
+            f"annotator.kind {kind!r} is not an annotator",
+            hint="Make it a subclass of ka2l.annotation.annotator.Annotator.",
+        )
+    made: Callable[[AnnotatorConfig], Annotator] = found
+    return made

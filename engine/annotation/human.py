@@ -11,7 +11,7 @@ from pathlib import Path
 
 from engine.annotation.answers import AnswerStore
 from engine.store.run_directory import RunDirectory
-from ka2l.annotation.annotator import Annotation, TaskFormat
+from ka2l.annotation.annotator import Annotation, Annotator, TaskFormat
 from ka2l.annotation.people import Merged, Problem, Task, merge
 from ka2l.annotation.task_files import read_answers, read_tasks, write_tasks
 from ka2l.answers.equivalence import Equivalence
@@ -32,7 +32,7 @@ def annotation_folder(run: RunDirectory, round_index: int) -> Path:
     return Path(run.path) / "annotation" / f"round-{round_index:03d}"
 
 
-class HumanAnnotator:
+class HumanAnnotator(Annotator):
     """Pauses the run until people have answered.
 
     Args:

@@ -21,7 +21,6 @@ from engine.stages.tables import adapter_input, among, by_id, num_rows
 from engine.store.shards import read_shard, shard_name, write_shard
 from engine.store.stage_folder import Stage
 from ka2l.schemas import FACTS, PAIRS
-from ka2l.teacher.reply import Usage
 from ka2l.tuning.knowledge_writer import KnowledgeWriter
 from ka2l.tuning.knowtuning import KnownFacts, count_refusals, extract_facts
 from ka2l.tuning.knowtuning import augment as augment_answers
@@ -142,7 +141,7 @@ def _writer(campaign: Campaign, stage: Stage) -> Iterator[KnowledgeWriter]:
         writer = annotators.knowledge_writer(
             campaign.config, annotation_context(campaign, stage.round_index, {}, placement)
         )
-        ended.callback(getattr(writer, "close", lambda: None))
+        ended.callback(writer.close)
         yield writer
 
 
@@ -164,7 +163,7 @@ def _write(campaign: Campaign, stage: Stage, rows: Sequence[Row], make: Make, sc
                 stage.write_file(_refusals_of(name), json.dumps(refusals).encode())
                 write_shard(stage.url, name, pa.Table.from_pylist(made, schema=schema), cost)
                 campaign.note_shard(stage, name, len(made), cost)
-                stopped = getattr(writer, "stopped", None)
+                stopped = writer.stopped
             progress.advance(len(batch))
             if stopped:
                 break
@@ -180,7 +179,7 @@ def _refusals_of(shard: str) -> str:
 
 def _cost(writer: KnowledgeWriter) -> dict[str, float]:
     """What a writer's calls have taken so far; nothing of one that costs nothing."""
-    usage: Usage | None = getattr(writer, "usage", None)
+    usage = writer.usage
     if usage is None:
         return {}
     tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}

@@ -29,7 +29,6 @@ from ka2l.schemas import ANNOTATIONS, SELECTION
 from ka2l.seeds import row_seed
 from ka2l.selection.strategies import Candidates, Shortlist, explored_share
 from ka2l.selection.strategies import select as select_candidates
-from ka2l.teacher.reply import Usage
 
 if TYPE_CHECKING:
     from engine.config import RunConfig
@@ -152,22 +151,21 @@ def annotate(campaign: Campaign, round_index: int) -> Work:
             placement = ended.enter_context(teacher_workers(campaign, local=local))
             context = annotation_context(campaign, round_index, text_of, placement)
             annotator = annotators.annotator(campaign.config.annotator, context)
-            # An annotator that holds cores or GPUs has a ``close``: tuning wants them next.
-            ended.callback(getattr(annotator, "close", lambda: None))
+            ended.callback(annotator.close)
             size = batch_size(stage, min(annotator.batch_size, max(1, len(ids))))
             batches = [ids[start : start + size] for start in range(0, len(ids), size)]
             for index, batch in enumerate(batches):
                 name = shard_name(index)
                 if name not in finished:
                     made = annotator.annotate({question_id: text_of[question_id] for question_id in batch})
-                    refusals = getattr(annotator, "refusals", {})
+                    refusals = annotator.refusals
                     of_batch = [refusals[question_id] for question_id in batch if question_id in refusals]
                     refused.update(refusal.reason for refusal in of_batch)
                     rows = pa.Table.from_pylist([annotation._asdict() for annotation in made], schema=ANNOTATIONS)
                     cost = _annotation_cost(annotator, [*made, *of_batch], len(made))
                     write_shard(stage.url, name, rows, cost)
                     campaign.note_shard(stage, name, len(made), cost)
-                    stopped = getattr(annotator, "stopped", None)
+                    stopped = annotator.stopped
                 progress.advance(len(batch))
                 if stopped:
                     rest = sum(len(later) for later in batches[index + 1 :])
@@ -201,7 +199,7 @@ def teacher_workers(campaign: Campaign, *, local: bool) -> contextlib.AbstractCo
 def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
     """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
     cost = {"annotations": float(num_annotated)}
-    usage: Usage | None = getattr(annotator, "usage", None)
+    usage = annotator.usage
     if usage is None:
         return cost | {"money": float(sum(row.cost for row in answered))}
     tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}

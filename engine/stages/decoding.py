@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -204,9 +204,8 @@ def _gate_drafts(
 
     rows = drafts.left
     annotator = annotators.annotator(config.annotator, annotation_context(campaign, round_index, {}, Placement(0)))
-    can: Callable[[Mapping[str, str]], set[str]] | None = getattr(annotator, "answerable", None)
     asked = {decoded_id(drafts.questions[row]): drafts.questions[row] for row in rows}
-    answerable = set(asked) if can is None else can(asked)
+    answerable = annotator.answerable(asked)
     drafts.stop(rows, np.array([name in answerable for name in asked], dtype=bool), "unanswerable")
     return cost
 

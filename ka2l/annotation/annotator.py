@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from ka2l.sampling.sampler import EngineConfig
 from ka2l.section import Section
 from ka2l.teacher.config import TeacherConfig
+from ka2l.teacher.reply import Usage
 
 if TYPE_CHECKING:
     from ka2l.annotation.reference_table import ReferenceTable
@@ -76,7 +79,7 @@ class AnnotatorConfig(Section):
 
 
 class Annotation(NamedTuple):
-    """One answer that was asked for (records.ANNOTATIONS)."""
+    """One answer that was asked for (schemas.ANNOTATIONS)."""
 
     question_id: str
     question: str
@@ -87,20 +90,43 @@ class Annotation(NamedTuple):
     cost: float
 
 
-class Annotator(Protocol):
-    """Answers questions by id; asking for the same id again must give the same answer and cost nothing more."""
+class Refusal(NamedTuple):
+    """A question that was asked and that got no annotation."""
 
-    batch_size: int
+    reason: str
+    cost: float
+    """Money spent on it all the same."""
+
+
+class Annotator(ABC):
+    """Answers questions by id; asking for the same id again must give the same answer and cost nothing more.
+
+    A subclass of your own implements ``annotate``; the rest has defaults for what costs nothing and holds nothing.
+    """
+
+    batch_size: int = 64
     """Questions that are asked for together: each batch's answers are kept before the next is asked."""
+    refusals: Mapping[str, Refusal] = MappingProxyType({})
+    """Question id -> why no annotation came of it, over all calls."""
+    stopped: str | None = None
+    """``money`` once the cap was reached: questions neither annotated nor refused were not asked to the end."""
+    usage: Usage | None = None
+    """Tokens and money of the last call's questions, refused ones included; None: what the annotations cost is all."""
 
-    # An annotator may have ``answerable(questions) -> set[str]``, too: the ids of those it could answer, told without
-    # cost. Decoded questions that it could not are dropped before they are counted against the budget.
-
+    @abstractmethod
     def annotate(self, questions: Mapping[str, str]) -> list[Annotation]:
         """Annotations for a batch of question id -> question; questions that are refused are left out."""
 
+    def answerable(self, questions: Mapping[str, str]) -> set[str]:
+        """Ids of the decoded questions it could answer, told without cost; the others are dropped before they are
+        counted against the budget."""
+        return set(questions)
 
-class ReferenceAnnotator:
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back the cores and GPUs it holds: tuning wants them next."""
+
+
+class ReferenceAnnotator(Annotator):
     """Reveals the pool's own answers, and those of a table to questions that the pool does not hold.
 
     Args:

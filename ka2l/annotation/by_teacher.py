@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
-from ka2l.annotation.annotator import Annotation
+from ka2l.annotation.annotator import Annotation, Annotator, Refusal
 from ka2l.answers.clustering import cluster_answers
 from ka2l.answers.equivalence import Equivalence
 from ka2l.answers.normalise import surface_key
@@ -16,15 +15,7 @@ from ka2l.teacher.reply import TeacherResult, TeacherRun, Usage
 from ka2l.teacher.request import ShortAnswer, TeacherPrompt
 
 
-class Refusal(NamedTuple):
-    """A question that the teacher was asked and that got no annotation."""
-
-    reason: str
-    cost: float
-    """Money spent on it all the same."""
-
-
-class TeacherAnnotator:
+class TeacherAnnotator(Annotator):
     """Asks a teacher for short answers.
 
     Args:
@@ -34,11 +25,6 @@ class TeacherAnnotator:
         equivalence: says which samples mean the same.
         close: gives back what ``ask`` holds.
 
-    Attributes:
-        refusals: question id -> why no annotation came of it, over all calls.
-        stopped: ``money`` once the cap was reached: questions that are neither annotated nor refused were not asked to
-            the end.
-        usage: tokens and money of the questions of the last call, those refused or not asked to the end included.
     """
 
     def __init__(
@@ -49,13 +35,16 @@ class TeacherAnnotator:
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
-        self.close = close
+        self._close = close
         self.batch_size = 64
         self.ask = ask
         self.equivalence = equivalence
         self.refusals: dict[str, Refusal] = {}
-        self.stopped: str | None = None
         self.usage = Usage()
+
+    def close(self) -> None:
+        """Give back what ``ask`` holds."""
+        self._close()
 
     @property
     def cost_refused(self) -> float:

@@ -37,9 +37,13 @@ class TeacherClient:
     ) -> None:
         self.config = config
         self.ask = ask
-        self.close = close
+        self._close = close
         self.stopped: str | None = None
         self.usage = Usage()
+
+    def close(self) -> None:
+        """Give back what ``ask`` holds."""
+        self._close()
 
     def replies(self, prompts: Mapping[str, TeacherPrompt]) -> dict[str, Any]:
         """A reply, or `Refused`, to each prompt that was asked to the end.

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ka2l.seeds import row_seed
+from ka2l.teacher.reply import Usage
 from ka2l.teacher.structured import Refused
 from ka2l.testbed.world import Fact, People, World, exposure_by_share, invent_people, num_training_rows, person_groups
 from ka2l.tuning.knowledge_writer import Extract, Rephrase, Revise, Rewrite, Task
@@ -183,10 +184,15 @@ class LifeWriter:
     """
 
     batch_size = 256
+    stopped: str | None = None
+    usage: Usage | None = None
 
     def __init__(self, config: TestbedConfig, seed: int) -> None:
         self.answers = invent_people(config).answers
         self.seed = seed
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     def write(self, tasks: Mapping[str, Task]) -> dict[str, Any]:
         """What each task comes to; `Refused` where a fact is no sentence of a life."""

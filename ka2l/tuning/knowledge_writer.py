@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from ka2l.prompts import extract_messages, rephrase_messages, revise_messages, rewrite_messages
+from ka2l.teacher.reply import Usage
 from ka2l.teacher.request import TeacherPrompt
 from ka2l.teacher.structured import Refused, TeacherClient
 
@@ -53,8 +54,16 @@ class KnowledgeWriter(Protocol):
     batch_size: int
     """Answers that are worked on together: what each batch comes to is kept before the next is begun."""
 
-    # A writer that costs money has ``stopped``, which is ``money`` once the cap was reached, and ``usage``, the tokens
-    # and money of all its calls' tasks.
+    @property
+    def stopped(self) -> str | None:
+        """``money`` once the cap was reached."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """Tokens and money of all its calls' tasks; None where they cost nothing."""
+
+    def close(self) -> None:
+        """Give back the cores and GPUs it holds."""
 
     def write(self, tasks: Mapping[str, Task]) -> Mapping[str, Any]:
         """What each task came to, or `Refused`; tasks that were not asked to the end are left out."""
