@@ -113,7 +113,7 @@ def test_a_dry_run_prints_each_cell_and_names_what_cannot_be_read(
     done = CliRunner().invoke(app, ["benchmark", str(path), "--dry-run"])
     assert isinstance(done.exception, ModelError)
     assert "gone--pool--probe--0" in str(done.exception)
-    assert f"not sized: the size of {tmp_path / 'empty'} cannot be told" in " ".join(done.output.split())
+    assert f"not sized: the size of {tmp_path / 'empty'} cannot be read" in " ".join(done.output.split())
     assert not (tmp_path / "runs").exists()
 
 

@@ -13,7 +13,7 @@ import pytest
 from engine.stages.tables import states_of
 from engine.store.run_directory import RunDirectory
 from ka2l.knowledge.perplexity import PerplexityScorer, question_tokens
-from ka2l.model.loading import load_tokenizer
+from ka2l.model.adapter import load_tokenizer
 from ka2l.prompts import PromptConfig, Prompter
 from ka2l.schemas import PERPLEXITY
 from ka2l.seeds import row_seed
