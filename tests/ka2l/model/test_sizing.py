@@ -78,5 +78,5 @@ def test_a_model_that_no_number_of_gpus_holds_says_how_much_it_needs() -> None:
 
 
 def test_no_model_there_is_an_error_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="cannot be told"):
+    with pytest.raises(ModelError, match="cannot be read"):
         model_needs(str(tmp_path))
