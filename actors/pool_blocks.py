@@ -42,7 +42,7 @@ class _Part(NamedTuple):
 
     block: int
     splits: NDArray[np.int8]
-    """Index into ``records.SPLITS``, or -1 for rows that are left out, from row ``first`` on."""
+    """Index into ``schemas.SPLITS``, or -1 for rows that are left out, from row ``first`` on."""
     first: int
 
 

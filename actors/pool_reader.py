@@ -70,7 +70,7 @@ def read_pool(
     Args:
         config: the pool; ``testbed`` must have been resolved to a path before.
         seed: the run's seed, from which splits are drawn.
-        write_quarantine: writes tables with the schema ``records.QUARANTINE`` as they come and returns where, for
+        write_quarantine: writes tables with the schema ``schemas.QUARANTINE`` as they come and returns where, for
             error messages. Not called where no row is quarantined. It is called before this function returns, and
             before it raises because too few rows are usable.
         shard_rows: rows of the tables handed out; the last has fewer.

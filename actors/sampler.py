@@ -153,7 +153,7 @@ class SamplerHost:
             _check_engine(self.sampler, canary)
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
-        """From ``questions`` to ``samples`` (records.SAMPLES)."""
+        """From ``questions`` to ``samples`` (schemas.SAMPLES)."""
         wanted = []
         for row in tables["questions"].select(["question_id", "question", "split"]).to_pylist():
             purposes = self.plan.purposes(row["question_id"], row["split"])

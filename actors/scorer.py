@@ -48,7 +48,7 @@ class ScorerHost:
         self.stopped_early = stopped_early
 
     def process(self, tables: Mapping[str, pa.Table]) -> tuple[pa.Table, Stats]:
-        """From ``samples``, ``questions`` and ``references`` to ``clusters`` (records.CLUSTERS).
+        """From ``samples``, ``questions`` and ``references`` to ``clusters`` (schemas.CLUSTERS).
 
         Where ``clusters`` are given in place of ``samples``, they stay as they are and only new references are graded
         against. What is graded is the largest cluster's answer; a greedy answer is alone in its cluster. Sampled

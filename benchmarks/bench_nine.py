@@ -58,7 +58,7 @@ RAY: dict[str, Any] = {"address": "local", "num_cpus": 2}
 
 def build_models(folder: Path) -> dict[str, Path]:
     """The tests' tiny models, by architecture."""
-    spec = importlib.util.spec_from_file_location("tiny_models", HERE.parent / "tests" / "models.py")
+    spec = importlib.util.spec_from_file_location("tiny_models", HERE.parent / "tests" / "helpers" / "tiny_models.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

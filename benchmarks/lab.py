@@ -2,7 +2,7 @@
 
 What a benchmark of query strategies or of rounds repeats a hundred times is tuning; Ray, vLLM and the report around it
 would take longer than the training itself. So the same functions that the engine's workers call are called here
-directly, with the settings of the preset ``quickstart``. Whatever was observed or tuned is kept in the lab's folder, so
+directly, with the settings of `arms.WITHOUT_DECODER`. Whatever was observed or tuned is kept in the lab's folder, so
 a benchmark that is stopped goes on.
 """
 
@@ -65,7 +65,7 @@ class Lab:
 
     Args:
         folder: holds all that is made; another lab with the same settings and folder makes nothing anew.
-        settings: of the preset ``quickstart``, as ``a.b=c``.
+        settings: beside `arms.WITHOUT_DECODER`, as ``a.b=c``.
         seed: of the testbed and of everything drawn here.
         num_samples: answers drawn a question.
         splits: whose questions are sampled beside being answered greedily.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from engine.execution.cluster import cluster_address
 from engine.progress import Progress
 from ka2l.errors import BudgetError, ModelError, PoolError, first_line
+from ka2l.section import is_plugin
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -124,9 +125,10 @@ def _check_settings(config: RunConfig) -> None:
     check_tuning(config.tuning)
     if config.annotator.kind == "local_teacher" and config.annotator.teacher is not None:
         check_model_directory(config.annotator.teacher.model)
-    if ":" in config.annotator.kind:
+    # Samplers and equivalences of the user's own run on workers, which may have packages that this process lacks.
+    if is_plugin(config.annotator.kind):
         annotator_class(config.annotator.kind)
-    if ":" in config.selection.kind:
+    if is_plugin(config.selection.kind):
         plugin(config.selection.kind)
 
 

@@ -26,7 +26,7 @@ class Section(BaseModel):
     def _check_kind(cls, values: Any) -> Any:
         if cls.KINDS and isinstance(values, dict) and "kind" in values:
             kind = values["kind"]
-            if kind not in cls.KINDS and not (isinstance(kind, str) and ":" in kind):
+            if kind not in cls.KINDS and not (isinstance(kind, str) and is_plugin(kind)):
                 raise ValueError(f"kind {kind!r} is not one of {', '.join(cls.KINDS)} (or module:Class)")
         return values
 
@@ -37,3 +37,8 @@ class Section(BaseModel):
             if isinstance(value, Section) and name in fields:
                 fields[name] = value.result_fields()
         return fields
+
+
+def is_plugin(kind: str) -> bool:
+    """Whether a kind names an object of the user's own, as ``module:Class``."""
+    return ":" in kind

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from tiny_models import build_tiny_model
 
 #: No example has a deadline, since that would assert an absolute time; and a failure comes again on the next run.
 settings.register_profile("ka2l", deadline=None, derandomize=True)
@@ -69,8 +70,7 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Architecture name -> folder of a tiny random model with its tokenizer; see tests/models.py."""
-    module = load_beside("models")
+    """Architecture name -> folder of a tiny random model with its tokenizer; see tests/helpers/tiny_models.py."""
     folder = tmp_path_factory.mktemp("tiny_models")
 
     built: dict[str, Path] = {}
@@ -79,7 +79,7 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         """``overrides`` are fields of the model's config."""
         key = repr((name, sorted(overrides.items())))
         if key not in built:
-            built[key] = module.build_tiny_model(name, folder / f"{name}-{len(built)}", **overrides)
+            built[key] = build_tiny_model(name, folder / f"{name}-{len(built)}", **overrides)
         return built[key]
 
     return build

@@ -37,7 +37,7 @@ class Example(NamedTuple):
     """A worse answer; None where nothing is compared."""
     question_id: str
     part: str
-    """ANNOTATED or OWN_ANSWER, or of KnowTuning's pairs what it says there (records.PAIRS)."""
+    """ANNOTATED or OWN_ANSWER, or of KnowTuning's pairs what it says there (schemas.PAIRS)."""
     annotator: str
     """Who answered the annotated question."""
     round: int

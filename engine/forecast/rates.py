@@ -91,7 +91,7 @@ class Refining(NamedTuple):
     compare: Pace | None
     """A unit is an optimiser step; None without comparisons."""
     pairs: Mapping[str, float]
-    """Pairs an answer, by part (records.PAIRS)."""
+    """Pairs an answer, by part (schemas.PAIRS)."""
     num_facts: float
     """Of an answer: each is a forward pass."""
     num_tokens: float

@@ -207,9 +207,10 @@ def _costs(data: ReportData) -> dict[str, Any]:
         for item in data.rounds
     ]
     seconds = dict(by_stage)
+    by_purpose = folders_by_purpose()
     shares = {
         purpose: sum(seconds.get(name, {}).get("seconds", 0.0) for name in stages) / total["seconds"]
-        for purpose, stages in folders_by_purpose().items()
+        for purpose, stages in by_purpose.items()
         if total["seconds"] > 0
     }
     return {
@@ -217,7 +218,7 @@ def _costs(data: ReportData) -> dict[str, Any]:
         "by_round": [row for row in by_round if row[2]],
         "total": total,
         "shares": shares,
-        "probing": folders_by_purpose()["probing"],
+        "probing": by_purpose["probing"],
     }
 
 

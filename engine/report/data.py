@@ -147,7 +147,7 @@ class RoundReport:
     selected: list[SelectedExample] = field(default_factory=list)
     decoded: list[DecodedExample] = field(default_factory=list)
     answer_tokens: dict[str, int] = field(default_factory=dict)
-    """Generated tokens by what the answers are for (records.PURPOSES); empty where not known."""
+    """Generated tokens by what the answers are for (schemas.PURPOSES); empty where not known."""
 
     @property
     def decodes(self) -> bool:

@@ -179,8 +179,4 @@ def _refusals_of(shard: str) -> str:
 
 def _cost(writer: KnowledgeWriter) -> dict[str, float]:
     """What a writer's calls have taken so far; nothing of one that costs nothing."""
-    usage = writer.usage
-    if usage is None:
-        return {}
-    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
-    return {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
+    return {} if writer.usage is None else writer.usage.cost_items()

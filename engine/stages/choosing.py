@@ -26,6 +26,7 @@ from ka2l.annotation.people import Task
 from ka2l.model.loading import model_name
 from ka2l.pool.sources import content_identity
 from ka2l.schemas import ANNOTATIONS, SELECTION
+from ka2l.section import is_plugin
 from ka2l.seeds import row_seed
 from ka2l.selection.strategies import Candidates, Shortlist, explored_share
 from ka2l.selection.strategies import select as select_candidates
@@ -63,7 +64,7 @@ def select(campaign: Campaign, round_index: int) -> Work:
         for name in known.shard_names():
             shortlist.add(_candidates(campaign, round_index, name, taken))
         candidates = shortlist.candidates()
-        if kind in ("probe_diverse", *config.selection.COMPARED) or ":" in kind:
+        if kind in ("probe_diverse", *config.selection.COMPARED) or is_plugin(kind):
             states = _chosen_states(campaign, extracted, round_index, candidates.question_ids)
             asked = _asked_states(campaign, extracted, round_index, taken) if len(taken) else None
             candidates = candidates._replace(states=states, asked_states=asked)
@@ -199,11 +200,9 @@ def teacher_workers(campaign: Campaign, *, local: bool) -> contextlib.AbstractCo
 def _annotation_cost(annotator: Annotator, answered: Sequence[Any], num_annotated: int) -> dict[str, float]:
     """What a batch took: of a teacher all that its journal holds for it, of others what their answers cost."""
     cost = {"annotations": float(num_annotated)}
-    usage = annotator.usage
-    if usage is None:
+    if annotator.usage is None:
         return cost | {"money": float(sum(row.cost for row in answered))}
-    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
-    return cost | {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
+    return cost | annotator.usage.cost_items()
 
 
 def batch_size(stage: Stage, wanted: int) -> int:

@@ -207,8 +207,7 @@ def _judge(
         "stopped": stopped,
         "same_in_both_positions": {name: verdicts.same[name] / num_pairs for name in ASPECTS} if num_pairs else None,
     }
-    tokens = {"tokens_prompt": usage.num_prompt_tokens, "tokens_generated": usage.num_completion_tokens}
-    return verdicts, said, {"money": usage.cost} | {item: float(count) for item, count in tokens.items()}
+    return verdicts, said, usage.cost_items()
 
 
 # -- confidence -------------------------------------------------------------------------------------------------------

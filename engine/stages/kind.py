@@ -81,7 +81,7 @@ class StageKind:
     """Whether no stage reads it but itself in later rounds. It is made anew where its settings have changed, and the
     cap on hours asks for no room behind it."""
     answers: tuple[str, ...] = ()
-    """Purposes of sampled answers (records.PURPOSES) among which its cost is shared by generated tokens."""
+    """Purposes of sampled answers (schemas.PURPOSES) among which its cost is shared by generated tokens."""
     grows_with: Callable[[RunConfig], Growth] = lambda config: "questions"
     """What its work grows with."""
 

@@ -83,7 +83,7 @@ def asked_ids(campaign: Campaign, round_index: int) -> list[str]:
 
 
 def kept_questions(campaign: Campaign, round_index: int) -> pa.Table:
-    """The round's decoded questions that passed all gates and are annotated (records.DECODED); empty without a
+    """The round's decoded questions that passed all gates and are annotated (schemas.DECODED); empty without a
     decoder."""
     if campaign.config.decoder.kind == "none":
         return DECODED.empty_table()

@@ -60,7 +60,7 @@ def worked_seconds(run: RunDirectory) -> float:
 
 
 def ledger_table(run: RunDirectory) -> pa.Table:
-    """The ledger of what a run has spent so far (records.LEDGER)."""
+    """The ledger of what a run has spent so far (schemas.LEDGER)."""
     rows: list[dict[str, Any]] = []
     for stage in committed_stages(run):
         manifest = stage.require()

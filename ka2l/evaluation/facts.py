@@ -56,7 +56,7 @@ def counts_by_testbed(answer: str, truth: str) -> FactCounts | None:
 
 
 def counts_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, FactCounts]:
-    """Counts by question of rows of records.EVALUATED; rows without counts are left out."""
+    """Counts by question of rows of schemas.EVALUATED; rows without counts are left out."""
     return {
         row["question_id"]: FactCounts(*(row[name] for name in FactCounts._fields))
         for row in rows

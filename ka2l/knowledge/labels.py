@@ -83,7 +83,7 @@ def fit_threshold(entropies: np.ndarray) -> float:
 def split_seed_questions(
     question_ids: Sequence[str], groups: Sequence[str | None], config: LabelsConfig, run_seed: int
 ) -> list[str]:
-    """Assigns each seed question to one of ``records.PROBE_SPLITS``; questions of one group stay together.
+    """Assigns each seed question to one of ``schemas.PROBE_SPLITS``; questions of one group stay together.
 
     Groups go, largest first and otherwise in an order drawn from the run's seed, to the split that is furthest below
     its share. The outcome depends on ids, groups and seed, never on the order of the rows.

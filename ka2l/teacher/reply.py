@@ -91,6 +91,14 @@ class Usage(NamedTuple):
     cost: float = 0.0
     """Money, in the currency of the price table."""
 
+    def cost_items(self) -> dict[str, float]:
+        """The same under the names of the ledger's items."""
+        return {
+            "money": self.cost,
+            "tokens_prompt": float(self.num_prompt_tokens),
+            "tokens_generated": float(self.num_completion_tokens),
+        }
+
 
 class TeacherRun(NamedTuple):
     """What came of asking a set of prompts."""

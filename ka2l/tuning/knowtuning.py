@@ -75,7 +75,7 @@ class KnownFacts(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """One row to train on (records.PAIRS)."""
+    """One row to train on (schemas.PAIRS)."""
 
     question_id: str
     part: str

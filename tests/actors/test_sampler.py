@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from architectures import every_architecture, three_or_all
 from greedy_tokens import greedy_tokens
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
@@ -28,23 +29,6 @@ from ka2l.sampling.early_stop import FIRST
 from ka2l.sampling.sampler import Generation, Request, SamplerConfig, TransformersSampler, rejected
 from ka2l.schemas import SAMPLES
 
-ARCHITECTURES = (
-    "llama-2",
-    "llama-3.1",
-    "mistral-v0.1",
-    "mistral-v0.3",
-    "qwen1.5",
-    "qwen2.5",
-    "glm-4",
-    "gemma-2",
-    "phi-3.5",
-)
-#: Those that `make test` does with where one takes long, as a vLLM engine does. They differ most: llama-3.1 stretches
-#: its rotary positions and has one key-value head (and its adapter here is rank-stabilised); gemma-2 has a sliding
-#: window in every other layer, soft caps and norms on both sides of a layer; glm-4 starts with two special tokens,
-#: rotates a part of each head, has its gate and up projections in one, and is run by vLLM as Transformers wrote it. The
-#: others are nearer to one of these.
-MOST_UNLIKE = ("llama-3.1", "gemma-2", "glm-4")
 QUESTIONS = ["Who wrote the play Hamlet?", "What is the capital city of Peru?", "Why?"]
 MAX_TOKENS = 12
 NUM_SAMPLES = 4
@@ -52,10 +36,6 @@ SEED = 1234
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 TinyModels = Callable[..., Path]
-every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
-three_or_all = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in MOST_UNLIKE else pytest.mark.whole) for name in ARCHITECTURES]
-)
 
 
 @pytest.fixture(scope="module")

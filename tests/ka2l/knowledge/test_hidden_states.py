@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from architectures import every_architecture, three_or_all
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,20 +18,6 @@ from ka2l.errors import ConfigError, ModelError
 from ka2l.knowledge.extraction_config import ExtractionConfig
 from ka2l.knowledge.hidden_states import HiddenStateExtractor, UnusableRowsError, next_token_features
 
-ARCHITECTURES = (
-    "llama-2",
-    "llama-3.1",
-    "mistral-v0.1",
-    "mistral-v0.3",
-    "qwen1.5",
-    "qwen2.5",
-    "glm-4",
-    "gemma-2",
-    "phi-3.5",
-)
-#: Those that `make test` reads through an adapter, which loads a model four times: rotary positions that are stretched,
-#: with one key-value head; sliding windows and soft caps; leading special tokens and projections in one.
-MOST_UNLIKE = ("llama-3.1", "gemma-2", "glm-4")
 #: Lengths from a few tokens to more than twice the sliding windows of the tiny Mistral and Gemma models.
 PROMPTS = [
     "Question: Who wrote Hamlet? Answer:",
@@ -44,9 +31,6 @@ SHARED = "Answer the question as briefly as possible. Question: Who wrote Othell
 SHARED_PROMPTS = [SHARED + prompt for prompt in PROMPTS]
 
 TinyModels = Callable[..., Path]
-three_or_all = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in MOST_UNLIKE else pytest.mark.whole) for name in ARCHITECTURES]
-)
 
 
 def reference_model(path: Path) -> Any:
@@ -82,7 +66,7 @@ def random_adapter(model_path: Path, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("position", ["last_token", "mean", "last_and_mean"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@every_architecture
 def test_every_layer_equals_a_plain_forward_of_one_row(name: str, position: str, tiny_models: TinyModels) -> None:
     path = tiny_models(name)
     states = extractor(path, position=position).extract(PROMPTS).states
@@ -92,7 +76,7 @@ def test_every_layer_equals_a_plain_forward_of_one_row(name: str, position: str,
 
 
 @pytest.mark.parametrize("position", ["last_token", "mean", "last_and_mean"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@every_architecture
 def test_a_shared_prefix_computed_once_changes_no_state(name: str, position: str, tiny_models: TinyModels) -> None:
     path = tiny_models(name)
     model = extractor(path, position=position, batch_size=2)
@@ -137,7 +121,7 @@ def test_an_adapter_gives_the_states_of_pefts_own_forward(name: str, tiny_models
     assert np.abs(states[:, 1:] - without[:, 1:]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@every_architecture
 @pytest.mark.parametrize("layers", [[1], [0, 2], [0], [-1], [3, 1]])
 def test_chosen_layers_equal_those_of_the_whole_model(name: str, layers: list[int], tiny_models: TinyModels) -> None:
     whole = extractor(tiny_models(name)).extract(SHARED_PROMPTS).states
