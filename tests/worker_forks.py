@@ -111,14 +111,29 @@ def serve(listener: socket.socket) -> None:
                     os.close(watch)
 
 
+def import_ray() -> None:
+    """Import what workers need of Ray, without a draw from Ray's random numbers.
+
+    Ray draws an id for every actor class that a module defines. What has been drawn from before a fork gives every
+    worker the same ids after it: two workers that start at once then collide in the object store, one dies, and
+    `ray.init`, which waits for both, never returns.
+    """
+    import ray.actor
+
+    ids = ray.actor.ActorClassID
+    drawn = mock.Mock(wraps=ids, from_random=lambda: ids(os.urandom(ids.size())))
+    with mock.patch.object(ray.actor, "ActorClassID", drawn):
+        for name in RAY:
+            importlib.import_module(name)
+
+
 def _fork(connection: socket.socket, listener: socket.socket) -> int:
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
     with connection.makefile() as lines:
         request = json.loads(lines.readline())
     if "ray" not in sys.modules:
         os.environ.update(request["environment"])
-        for name in RAY:
-            importlib.import_module(name)
+        import_ray()
         gc.freeze()  # no worker needs to look through what all of them share
     pid = os.fork()
     if pid == 0:
