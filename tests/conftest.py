@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from tiny_models import build_tiny_model
+from worker_forks import forked_workers
 
 #: No example has a deadline, since that would assert an absolute time; and a failure comes again on the next run.
 settings.register_profile("ka2l", deadline=None, derandomize=True)
@@ -58,11 +59,11 @@ def teacher_server(teacher_module: Any) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need it; its workers start as forks, see worker_forks.py."""
+    """One local Ray for all tests that need it; its workers start as forks, see tests/helpers/worker_forks.py."""
     os.environ.setdefault("RAY_worker_niceness", "0")  # as where `ka2l` starts Ray
     import ray
 
-    with load_beside("worker_forks").forked_workers():
+    with forked_workers():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
         yield
         ray.shutdown()

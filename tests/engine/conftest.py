@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+KILL_DRIVER = REPOSITORY / "tests" / "helpers" / "kill_driver.py"
 #: Rows of the pool's file that cannot be used.
 BAD_ROWS: list[dict[str, Any]] = [
     {"id": "blank", "question": "  ", "answers": ["x"]},
@@ -44,7 +45,7 @@ class Ended(NamedTuple):
     pid: int
 
 
-#: ka2l(*words, kill=..., log=..., timeout=...) runs a command in a process of its own; see kill_driver.py.
+#: ka2l(*words, kill=..., log=..., timeout=...) runs a command in its own process; see tests/helpers/kill_driver.py.
 Command = Callable[..., Ended]
 
 
@@ -103,7 +104,7 @@ def command_server() -> Iterator[Path]:
             listener.bind(str(address))
             listener.listen()
             number = listener.fileno()
-            command = [sys.executable, str(Path(__file__).with_name("kill_driver.py")), "--serve", str(number)]
+            command = [sys.executable, str(KILL_DRIVER), "--serve", str(number)]
             process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, pass_fds=[number], start_new_session=True
             )

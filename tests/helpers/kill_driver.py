@@ -10,11 +10,10 @@ the ids of the questions that the annotator is asked.
 process for each: they save the imports, which are most of what a short command takes.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
-import atexit
 import gc
-import importlib
 import json
 import os
 import signal
@@ -22,20 +21,11 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
-
-import engine.cli.main
-import engine.execution.jobs
-import engine.execution.shard_run
-from actors.host import Stats
-from engine.store.events import Events
-from engine.store.manifest import Manifest
-from engine.store.stage_folder import Stage
-from ka2l.annotation.annotator import Annotation, ReferenceAnnotator
+from forks import end_with, import_ray
 
 #: What commands import, and takes a second or more.
 IMPORTED = (
@@ -46,7 +36,18 @@ IMPORTED = (
     "ray.data",
     "ray.train.torch",
     "engine.loop",
+    "engine.cli.main",
 )
+import_ray(IMPORTED)  # first of all: modules of ours, too, define actor classes
+
+import engine.cli.main
+import engine.execution.jobs
+import engine.execution.shard_run
+from actors.host import Stats
+from engine.store.events import Events
+from engine.store.manifest import Manifest
+from engine.store.stage_folder import Stage
+from ka2l.annotation.annotator import Annotation, ReferenceAnnotator
 
 
 def die(how: int = signal.SIGKILL) -> None:
@@ -127,10 +128,10 @@ def main() -> None:
     engine.cli.main.main()
 
 
-def run_forked(request: dict[str, Any]) -> None:
-    """Become the process of one command: in a session of its own, with its own environment and files. Never returns."""
-    code = 1
-    try:
+def run_forked(request: dict[str, Any]) -> NoReturn:
+    """Become the process of one command: in a session of its own, with its own environment and files."""
+
+    def command() -> None:
         os.setsid()
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -139,17 +140,8 @@ def run_forked(request: dict[str, Any]) -> None:
         os.environ.update(request["environment"])
         sys.argv = [__file__, *request["words"]]
         main()
-        code = 0
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    end_with(command, exit_functions=True)
 
 
 def answer(connection: socket.socket, pid: int) -> None:
@@ -162,8 +154,6 @@ def answer(connection: socket.socket, pid: int) -> None:
 
 def serve(listener: socket.socket) -> None:
     """Fork a process for each command that comes over the socket."""
-    for module in IMPORTED:
-        importlib.import_module(module)
     gc.freeze()  # no command needs to look through what all of them share
     while True:
         connection, _ = listener.accept()

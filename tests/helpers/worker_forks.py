@@ -20,12 +20,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
+
+from forks import end_with, import_ray
 
 #: What workers of some stage import, and takes a second or more.
 LIBRARIES = (
@@ -111,29 +111,13 @@ def serve(listener: socket.socket) -> None:
                     os.close(watch)
 
 
-def import_ray() -> None:
-    """Import what workers need of Ray, without a draw from Ray's random numbers.
-
-    Ray draws an id for every actor class that a module defines. What has been drawn from before a fork gives every
-    worker the same ids after it: two workers that start at once then collide in the object store, one dies, and
-    `ray.init`, which waits for both, never returns.
-    """
-    import ray.actor
-
-    ids = ray.actor.ActorClassID
-    drawn = mock.Mock(wraps=ids, from_random=lambda: ids(os.urandom(ids.size())))
-    with mock.patch.object(ray.actor, "ActorClassID", drawn):
-        for name in RAY:
-            importlib.import_module(name)
-
-
 def _fork(connection: socket.socket, listener: socket.socket) -> int:
     _, files, _, _ = socket.recv_fds(connection, 1, 3)
     with connection.makefile() as lines:
         request = json.loads(lines.readline())
     if "ray" not in sys.modules:
         os.environ.update(request["environment"])
-        import_ray()
+        import_ray(RAY)
         gc.freeze()  # no worker needs to look through what all of them share
     pid = os.fork()
     if pid == 0:
@@ -145,10 +129,8 @@ def _fork(connection: socket.socket, listener: socket.socket) -> int:
     return pid
 
 
-def _become_worker(request: dict[str, Any], files: list[int]) -> None:
-    """Never returns."""
-    code = 1
-    try:
+def _become_worker(request: dict[str, Any], files: list[int]) -> NoReturn:
+    def work() -> None:
         os.setsid()
         for number, file in enumerate(files):
             os.dup2(file, number)
@@ -162,16 +144,8 @@ def _become_worker(request: dict[str, Any], files: list[int]) -> None:
         sys.argv = words
         sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
         runpy.run_path(words[0], run_name="__main__")
-        code = 0
-    except SystemExit as ending:
-        code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        threading._shutdown()  # type: ignore[attr-defined]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+
+    end_with(work, exit_functions=False)
 
 
 def _set_up(words: list[str]) -> list[str]:
